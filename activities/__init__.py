@@ -1,0 +1,1 @@
+"""Effects on the world, one class per kind; clients are held, not imported."""

@@ -1,0 +1,1 @@
+"""The HTTP door: inference for applications, administration for operators."""

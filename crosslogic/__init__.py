@@ -1,0 +1,1 @@
+"""The foundation every room stands on: decisions, contracts, storage and clients."""

@@ -1,0 +1,1 @@
+"""What crosses Temporal: inputs, results, ids, type names and task queues."""

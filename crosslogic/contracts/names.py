@@ -1,0 +1,40 @@
+"""Names that cross Temporal: task queues, workflow types, ids, messages and search attributes, each in one place."""
+
+from __future__ import annotations
+
+FLEET_TASK_QUEUE = "fleet"
+
+NODE_PROVISIONING = "NodeProvisioning"
+NODE_LIFECYCLE = "NodeLifecycle"
+FLEET_HEALTH = "FleetHealth"
+DEPLOYMENT_SCALING = "DeploymentScaling"
+
+# Signals. Each is a nudge: the workflow re-reads the world.
+DRAIN = "drain"
+LOOK_AGAIN = "look_again"
+
+# Queries.
+STATE = "state"
+
+# Search attributes (all Keyword), registered by the set-up command before any workflow runs.
+SEARCH_ATTRIBUTES = ("CrossLogicRegion", "CrossLogicModel", "CrossLogicDeployment", "CrossLogicNode", "CrossLogicState")
+
+
+def node_workflow_id(node_id: str) -> str:
+    """The id of a node's `NodeLifecycle`: at most one runs per node (F5)."""
+    return f"node/{node_id}"
+
+
+def provisioning_workflow_id(node_id: str) -> str:
+    """The id of the `NodeProvisioning` that we start ourselves; an operator's may have any id."""
+    return f"provision/{node_id}"
+
+
+def deployment_workflow_id(deployment: str) -> str:
+    """The id of a deployment's `DeploymentScaling`."""
+    return f"deployment/{deployment}"
+
+
+def fleet_health_workflow_id(region: str) -> str:
+    """The id of a region's `FleetHealth`."""
+    return f"fleet-health/{region}"

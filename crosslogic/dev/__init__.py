@@ -1,0 +1,1 @@
+"""What only a development machine needs: the embedded stack, the local cloud and demo seeds."""

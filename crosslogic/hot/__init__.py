@@ -1,0 +1,1 @@
+"""All Redis: fast, shared, and rebuildable from Postgres at any time."""

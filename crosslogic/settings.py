@@ -1,0 +1,145 @@
+"""All settings, from the environment (`CROSSLOGIC_…`). The only module that reads it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEV_ADMIN_TOKEN = "adm_dev_demo"
+
+
+class Settings(BaseSettings):
+    """One object for every process. Times are in seconds unless a name says otherwise."""
+
+    model_config = SettingsConfigDict(env_prefix="CROSSLOGIC_", env_file=None, extra="ignore")
+
+    mode: Literal["dev", "production"] = Field(
+        default="production",
+        description="`dev` admits the well-known demo key and token, loopback nodes and plain HTTP.",
+    )
+    state_dir: Path = Field(
+        default=Path(".crosslogic"), description="Logs, the usage log, and in dev mode every server's data."
+    )
+
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://127.0.0.1:5432/crosslogic"),
+        description="Postgres 15 or later. TLS by `?sslmode=verify-full&sslrootcert=…`.",
+    )
+    database_is_pooled: bool = Field(
+        default=False, description="True behind a pooler in transaction mode: no prepared statements are kept."
+    )
+    database_connections: int = Field(default=8, ge=2, le=200, description="Most connections of one process.")
+    redis_url: SecretStr = Field(
+        default=SecretStr("redis://127.0.0.1:6379/0"), description="Valkey 8 or Redis 7 or later; `rediss://` for TLS."
+    )
+    redis_prefix: str = Field(
+        default="cic:", max_length=64, description="In front of every key, so that installations can share a server."
+    )
+
+    temporal_address: str = Field(
+        default="127.0.0.1:7233", description="HOST:PORT of the frontend, self-hosted or Temporal Cloud."
+    )
+    temporal_namespace: str = Field(default="default", description="The namespace all workflows live in.")
+    temporal_tls: bool = Field(
+        default=False, description="TLS to the frontend; implied by an API key or a client certificate."
+    )
+    temporal_api_key: SecretStr | None = Field(default=None, description="API key of Temporal Cloud.")
+    temporal_tls_cert: Path | None = Field(
+        default=None, description="Client certificate (PEM) for mTLS, with `temporal_tls_key`."
+    )
+    temporal_tls_key: Path | None = Field(default=None, description="Key (PEM) of the client certificate.")
+    temporal_tls_ca: Path | None = Field(default=None, description="CA (PEM) that signed the server's certificate.")
+    temporal_ui_url: str = Field(default="", description="Where operators open the Temporal UI; shown, never called.")
+    fleet_task_queue: str = Field(default="fleet", description="Task queue of the fleet workflows.")
+
+    api_host: str = Field(default="127.0.0.1", description="Address the API binds.")
+    api_port: int = Field(default=8080, ge=1, le=65535, description="Port the API binds.")
+    admin_token: SecretStr | None = Field(
+        default=None, description="Bearer token of the admin API; at least 24 characters."
+    )
+    node_secret: SecretStr | None = Field(
+        default=None, description="Root secret from which every node's credential derives; at least 32 characters."
+    )
+
+    cloud_provider: Literal["local", "skypilot"] = Field(
+        default="skypilot", description="Where nodes are launched by default."
+    )
+    local_cloud_url: str = Field(default="http://127.0.0.1:8790", description="The local cloud's API (dev mode).")
+    local_cloud_token: SecretStr | None = Field(default=None, description="Bearer token of the local cloud's API.")
+    skypilot_url: str = Field(default="http://127.0.0.1:46580", description="SkyPilot's API server.")
+    stripe_api_key: SecretStr | None = Field(default=None, description="Stripe secret key; billing is off without one.")
+
+    probe_interval_s: float = Field(
+        default=5.0, ge=0.2, le=300, description="Time between two polls of a node's engine."
+    )
+    probe_timeout_s: float = Field(
+        default=3.0, ge=0.1, le=60, description="A poll without an answer by then has failed."
+    )
+    silence_s: float = Field(default=15.0, ge=0.5, le=600, description="Silence after which a node counts as broken.")
+    cloud_interval_s: float = Field(
+        default=60.0, ge=0.5, le=3600, description="Time between two questions to the cloud."
+    )
+
+    connect_timeout_s: float = Field(default=2.0, gt=0, le=60, description="To open a connection to an engine.")
+    first_byte_timeout_s: float = Field(
+        default=120.0, gt=0, le=3600, description="From the request to the engine's first byte."
+    )
+    idle_timeout_s: float = Field(
+        default=60.0, gt=0, le=3600, description="Longest silence between two chunks of a stream."
+    )
+    total_timeout_s: float = Field(default=900.0, gt=0, le=86400, description="Longest life of one request.")
+    hold_timeout_s: float = Field(
+        default=20.0, ge=0, le=600, description="How long a request waits for a node that is on its way."
+    )
+    max_body_bytes: int = Field(
+        default=10_000_000, ge=1_000, le=1_000_000_000, description="Larger bodies are refused with 413."
+    )
+    shutdown_grace_s: float = Field(
+        default=30.0, ge=0, le=3600, description="After SIGTERM, running requests may take this long."
+    )
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe line that is logged."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Settings:
+        if self.mode == "dev":
+            self.admin_token = self.admin_token or SecretStr(DEV_ADMIN_TOKEN)
+            self.node_secret = self.node_secret or SecretStr("dev-node-secret-not-for-production")
+            return self
+        for name, least in (("admin_token", 24), ("node_secret", 32)):
+            value: SecretStr | None = getattr(self, name)
+            if value is None or len(value.get_secret_value()) < least:
+                raise ValueError(
+                    f"CROSSLOGIC_{name.upper()} must be set to at least {least} characters (or set "
+                    "CROSSLOGIC_MODE=dev on your own machine); make one with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                )
+        return self
+
+    @property
+    def is_dev(self) -> bool:
+        """Dev mode: one developer's machine, well-known credentials allowed."""
+        return self.mode == "dev"
+
+    @property
+    def usage_log_dir(self) -> Path:
+        """Where API processes keep their durable usage logs."""
+        return self.state_dir / "usage-log"
+
+
+@cache
+def settings() -> Settings:
+    """This process's settings, read once."""
+    return Settings()
+
+
+def child_environment(**values: str) -> dict[str, str]:
+    """The environment for a child process: ours without any `CROSSLOGIC_…`, plus `values`."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CROSSLOGIC_")}
+    return inherited | values

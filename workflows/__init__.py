@@ -1,0 +1,1 @@
+"""Durable processes: order and waiting, never policy."""
