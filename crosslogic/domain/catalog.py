@@ -1,0 +1,63 @@
+"""What we serve: models, regions, and the deployments that promise the one in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from crosslogic.domain.deployment import RegionTarget
+from crosslogic.domain.regions import RegionMap
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What clients name. Prices are list prices in 10⁻¹⁰ USD a token; an embedding model has no output price."""
+
+    name: str
+    family: str
+    kind: str
+    context_tokens: int
+    input_price_e10: int
+    output_price_e10: int | None
+    aliases: tuple[str, ...] = ()
+    default_max_tokens: int = 1024
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    vram_gb: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """The promise to serve one model in these regions."""
+
+    name: str
+    model: str
+    strategy: str
+    regions: tuple[RegionTarget, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """One consistent reading of the catalog. `by_alias` knows every model's name too."""
+
+    models: Mapping[str, Model]
+    by_alias: Mapping[str, str]
+    regions: RegionMap
+    deployments: Mapping[str, Deployment]
+
+    @classmethod
+    def of(cls, models: Iterable[Model], regions: RegionMap, deployments: Iterable[Deployment]) -> Catalog:
+        """Build the catalog; a model's name wins over another model's alias."""
+        known = {model.name: model for model in models}
+        aliases = {alias: model.name for model in known.values() for alias in model.aliases}
+        return cls(
+            models=known,
+            by_alias=aliases | {name: name for name in known},
+            regions=regions,
+            deployments={deployment.name: deployment for deployment in deployments},
+        )
+
+    def resolve_model(self, name: str) -> Model | None:
+        """The model of that name or alias, in any case; None if there is none."""
+        found = self.by_alias.get(name) or self.by_alias.get(name.strip().lower())
+        return self.models[found] if found else None
