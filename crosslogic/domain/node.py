@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from crosslogic.domain.errors import InvariantViolated, Rejected
+from crosslogic.domain.ids import NODE
 
 
 class NodeState(StrEnum):
@@ -91,6 +94,75 @@ class RouteEntry:
     def is_routable(self) -> bool:
         """May a request be started there? (F2, F6)"""
         return self.state is NodeState.READY and not self.is_tombstoned
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a node is meant to be: all that is known of it before any cloud is called (F3)."""
+
+    id: UUID
+    model: str
+    region: str
+    provider: str
+    cluster: str
+    workflow_id: str
+    deployment: str | None = None
+    gpu: str = ""
+    is_spot: bool = False
+    is_pinned: bool = False
+    drain_timeout_s: int = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A row of the registry. `generation` grows with every change; `tombstoned_at` is never taken back (F4)."""
+
+    id: UUID
+    deployment: str | None
+    model: str
+    region: str
+    provider: str
+    cluster: str
+    gpu: str
+    is_spot: bool
+    is_pinned: bool
+    state: NodeState
+    generation: int
+    reason: str
+    endpoint: str | None
+    capacity_tokens_per_s: int
+    workflow_id: str
+    drain_timeout_s: int
+    created_at: datetime
+    changed_at: datetime
+    ready_at: datetime | None
+    tombstoned_at: datetime | None
+    ended_at: datetime | None
+
+    @property
+    def node_id(self) -> str:
+        """The id as it is shown: `node_01k…`."""
+        return NODE.show(self.id)
+
+    @property
+    def is_tombstoned(self) -> bool:
+        """It is being undone: nothing may launch or admit it any more."""
+        return self.tombstoned_at is not None
+
+    @property
+    def route_entry(self) -> RouteEntry:
+        """What the API must know of it."""
+        return RouteEntry(
+            node_id=self.node_id,
+            generation=self.generation,
+            state=self.state,
+            model=self.model,
+            region=self.region,
+            endpoint=self.endpoint or "",
+            deployment=self.deployment or "",
+            capacity_tokens_per_s=self.capacity_tokens_per_s,
+            is_tombstoned=self.is_tombstoned,
+        )
 
 
 def cluster_name(provider: str, region: str, gpu: str, is_spot: bool, node_id: str) -> str:

@@ -1,0 +1,174 @@
+"""The registry of nodes: what was intended, how far it is, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from crosslogic.domain.errors import InvariantViolated, Rejected
+from crosslogic.domain.ids import NODE
+from crosslogic.domain.node import Intent, Node, NodeEvent, NodeState, RouteEntry, advance, sources_of
+
+
+class NodeStore:
+    """Every change of a node. State and generation only go forward, and a tombstone is permanent (F4)."""
+
+    INTEND = """
+        INSERT INTO nodes (id, deployment, model, region, provider, cluster, gpu, is_spot, is_pinned, workflow_id,
+                           drain_timeout_s)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+        ON CONFLICT (id) DO NOTHING
+    """
+    SELECT = "SELECT * FROM nodes WHERE id = $1"
+    SELECT_MANY = "SELECT * FROM nodes WHERE id = ANY($1::uuid[])"
+    SELECT_ALIVE = "SELECT * FROM nodes WHERE ended_at IS NULL ORDER BY created_at, id"
+    SELECT_ALL = "SELECT * FROM nodes ORDER BY created_at DESC, id DESC LIMIT $1"
+    SELECT_ALIVE_IN_REGION = "SELECT * FROM nodes WHERE ended_at IS NULL AND region = $1 ORDER BY created_at, id"
+    ADVANCE = """
+        UPDATE nodes
+        SET state = $3, generation = generation + 1, changed_at = now(),
+            reason = $4, endpoint = coalesce($5, endpoint),
+            capacity_tokens_per_s = coalesce($6, capacity_tokens_per_s),
+            ready_at = CASE WHEN $3 = 'ready' THEN now() ELSE ready_at END,
+            ended_at = CASE WHEN $3 IN ('terminated', 'failed', 'lost') THEN now() ELSE ended_at END
+        WHERE id = $1 AND state = ANY($2::text[]) AND (tombstoned_at IS NULL OR NOT $7)
+        RETURNING *
+    """
+    TOMBSTONE = """
+        INSERT INTO nodes AS n (id, deployment, model, region, provider, cluster, gpu, is_spot, is_pinned, workflow_id,
+                                drain_timeout_s, reason, tombstoned_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, now())
+        ON CONFLICT (id) DO UPDATE
+        SET tombstoned_at = now(), generation = n.generation + 1, changed_at = now(), reason = $12
+        WHERE n.tombstoned_at IS NULL
+    """
+    HAND_OVER = """
+        UPDATE nodes SET workflow_id = $2, generation = generation + 1, changed_at = now()
+        WHERE id = $1 AND workflow_id <> $2
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def intend(self, intent: Intent) -> Node:
+        """Write the row that must exist before any cloud is called (F3). Repeating it changes nothing.
+
+        Raises Rejected when the name of its machine or something it refers to is not free or not there.
+        """
+        try:
+            await self._pool.execute(self.INTEND, *_columns(intent))
+        except asyncpg.ForeignKeyViolationError as error:
+            raise Rejected(
+                f"Node {NODE.show(intent.id)} refers to a model, region or deployment that is not there any more "
+                f"({error.constraint_name}); look it up and order the node again."
+            ) from error
+        except asyncpg.UniqueViolationError as error:
+            raise Rejected(
+                f"Another node has the machine {intent.cluster!r} already; order the node again under a new id."
+            ) from error
+        return await self.get(intent.id)
+
+    async def find(self, node_id: UUID) -> Node | None:
+        """The node's row, or None."""
+        row = await self._pool.fetchrow(self.SELECT, node_id)
+        return None if row is None else _node(row)
+
+    async def get(self, node_id: UUID) -> Node:
+        """The node's row. Raises Rejected (404) when there is none."""
+        node = await self.find(node_id)
+        if node is None:
+            raise Rejected(
+                f"There is no node {NODE.show(node_id)}; list them with `nodes list`.", status=404, code="unknown_node"
+            )
+        return node
+
+    async def find_many(self, node_ids: Sequence[UUID]) -> list[Node]:
+        """The rows of those ids that have one."""
+        return [_node(row) for row in await self._pool.fetch(self.SELECT_MANY, list(node_ids))]
+
+    async def list_alive(self, region: str | None = None) -> list[Node]:
+        """All nodes that have not ended, oldest first."""
+        if region is None:
+            rows = await self._pool.fetch(self.SELECT_ALIVE)
+        else:
+            rows = await self._pool.fetch(self.SELECT_ALIVE_IN_REGION, region)
+        return [_node(row) for row in rows]
+
+    async def list_all(self, limit: int = 1000) -> list[Node]:
+        """The newest nodes, ended ones included, newest first."""
+        return [_node(row) for row in await self._pool.fetch(self.SELECT_ALL, limit)]
+
+    async def route_entries(self) -> list[RouteEntry]:
+        """What the API must know of every node that has not ended."""
+        return [node.route_entry for node in await self.list_alive()]
+
+    async def advance(
+        self,
+        node_id: UUID,
+        event: NodeEvent,
+        reason: str,
+        *,
+        endpoint: str | None = None,
+        capacity_tokens_per_s: int | None = None,
+    ) -> Node:
+        """Move the node along `TRANSITIONS`. Finding it there already is success, so a repeat changes nothing.
+
+        A tombstoned node takes only events that lead out: anything else raises Rejected(code="tombstoned"). An event
+        that its state does not know raises InvariantViolated.
+        """
+        sources = sources_of(event)
+        target = advance(sources[0], event)
+        row = await self._pool.fetchrow(
+            self.ADVANCE, node_id, sources, target, reason, endpoint, capacity_tokens_per_s, event not in LEADING_OUT
+        )
+        if row is not None:
+            return _node(row)
+        node = await self.get(node_id)
+        if node.is_tombstoned and event not in LEADING_OUT:
+            raise Rejected(f"Node {node.node_id} is tombstoned: it is being undone.", code="tombstoned", status=409)
+        if node.state is not target:
+            raise InvariantViolated(f"node {node.node_id} is {node.state} and cannot {event}")
+        return node
+
+    async def tombstone(self, intent: Intent, reason: str) -> Node:
+        """Forbid for ever that the node is launched or admitted. Written before anything of it is undone.
+
+        It works without a row too, so that an intent which is still in flight finds the tombstone.
+        """
+        await self._pool.execute(self.TOMBSTONE, *_columns(intent), reason)
+        return await self.get(intent.id)
+
+    async def hand_over(self, node_id: UUID, workflow_id: str) -> Node:
+        """Make another workflow responsible for the node."""
+        await self._pool.execute(self.HAND_OVER, node_id, workflow_id)
+        return await self.get(node_id)
+
+
+# What a tombstoned node may still do.
+LEADING_OUT = frozenset({NodeEvent.DRAIN, NodeEvent.TERMINATE, NodeEvent.FAIL, NodeEvent.LOSE})
+
+
+def _columns(intent: Intent) -> tuple[object, ...]:
+    return (
+        intent.id,
+        intent.deployment,
+        intent.model,
+        intent.region,
+        intent.provider,
+        intent.cluster,
+        intent.gpu,
+        intent.is_spot,
+        intent.is_pinned,
+        intent.workflow_id,
+        intent.drain_timeout_s,
+    )
+
+
+def _node(row: asyncpg.Record) -> Node:
+    # A newer version's migration may have added columns already.
+    fields: dict[str, Any] = {name: value for name, value in row.items() if name in Node.__dataclass_fields__}
+    fields["state"] = NodeState(fields["state"])
+    return Node(**fields)
