@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import asyncpg
 
 from crosslogic.domain.catalog import Catalog, Deployment, Model
 from crosslogic.domain.deployment import RegionTarget
+from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
+from crosslogic.store.audit import AuditStore
 
 
 class CatalogStore:
-    """Reads the catalog whole: it is small, and its readers hold it in memory."""
+    """The catalog is read whole: it is small, and its readers hold it in memory. Writes leave an audit row (H11)."""
 
     SELECT_MODELS = """
         SELECT name, family, kind, context_tokens, vram_gb, input_price_e10, output_price_e10, aliases,
@@ -27,6 +31,25 @@ class CatalogStore:
         ORDER BY t.deployment, r.position, r.name
     """
 
+    INSERT_DEPLOYMENT = "INSERT INTO deployments (name, model) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING"
+    LOCK_DEPLOYMENT = "SELECT name, model, strategy FROM deployments WHERE name = $1 FOR UPDATE"
+    UPDATE_DEPLOYMENT = "UPDATE deployments SET strategy = $2 WHERE name = $1"
+    SELECT_TARGETS_OF = """
+        SELECT t.deployment, t.region, t.replicas_min, t.replicas_max
+        FROM deployment_regions t JOIN regions r ON r.name = t.region
+        WHERE t.deployment = $1
+        ORDER BY r.position, r.name
+    """
+    DELETE_TARGETS = "DELETE FROM deployment_regions WHERE deployment = $1 AND region <> ALL($2::text[])"
+    UPSERT_TARGET = """
+        INSERT INTO deployment_regions (deployment, region, replicas_min, replicas_max) VALUES ($1, $2, $3, $4)
+        ON CONFLICT (deployment, region) DO UPDATE SET
+            replicas_min = excluded.replicas_min, replicas_max = excluded.replicas_max
+    """
+    SET_METADATA = """
+        UPDATE models SET metadata = $2::text::jsonb WHERE name = $1 AND metadata <> $2::text::jsonb
+    """
+
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
@@ -39,9 +62,7 @@ class CatalogStore:
             targets = await connection.fetch(self.SELECT_TARGETS)
         by_deployment: dict[str, list[RegionTarget]] = {}
         for row in targets:
-            by_deployment.setdefault(row["deployment"], []).append(
-                RegionTarget(row["region"], row["replicas_min"], row["replicas_max"])
-            )
+            by_deployment.setdefault(row["deployment"], []).append(_target(row))
         return Catalog.of(
             models=[
                 Model(
@@ -67,3 +88,77 @@ class CatalogStore:
                 for row in deployments
             ],
         )
+
+    async def put_deployment(
+        self, name: str, *, model: str, strategy: str | None, regions: Sequence[RegionTarget], actor: str
+    ) -> tuple[Deployment, bool]:
+        """Make the deployment what is given here, regions that are left out included; and whether this call made it.
+
+        Without a strategy the deployment's own (or the default) stays. Raises Rejected 409 for another model than the
+        deployment has: its nodes serve that one.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            status = await connection.execute(self.INSERT_DEPLOYMENT, name, model)
+            is_new = status == "INSERT 0 1"
+            row = await connection.fetchrow(self.LOCK_DEPLOYMENT, name)
+            assert row is not None
+            if row["model"] != model:
+                raise Rejected(
+                    f"Deployment {name} serves {row['model']}, as do its nodes. Make a new deployment for {model}.",
+                    status=409,
+                    code="deployment_serves_another_model",
+                    param="model",
+                )
+            before = Deployment(
+                name,
+                row["model"],
+                row["strategy"],
+                tuple(_target(target) for target in await connection.fetch(self.SELECT_TARGETS_OF, name)),
+            )
+            if strategy is not None and strategy != before.strategy:
+                await connection.execute(self.UPDATE_DEPLOYMENT, name, strategy)
+            await connection.execute(self.DELETE_TARGETS, name, [target.region for target in regions])
+            await connection.executemany(
+                self.UPSERT_TARGET,
+                [(name, target.region, target.replicas_min, target.replicas_max) for target in regions],
+            )
+            after = Deployment(
+                name,
+                model,
+                strategy or before.strategy,
+                tuple(_target(target) for target in await connection.fetch(self.SELECT_TARGETS_OF, name)),
+            )
+            if is_new or after != before:
+                await AuditStore.append(
+                    connection,
+                    actor=actor,
+                    action="deployment.put",
+                    subject=name,
+                    details={
+                        "model": model,
+                        "strategy": after.strategy,
+                        "regions": {
+                            target.region: [target.replicas_min, target.replicas_max] for target in after.regions
+                        },
+                    },
+                )
+        return after, is_new
+
+    async def set_metadata(self, model: str, metadata: Mapping[str, Any], *, actor: str) -> bool:
+        """Replace what clients see of a model under `metadata`; False if it is that already."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            status = await connection.execute(self.SET_METADATA, model, json.dumps(metadata))
+            if status == "UPDATE 0":
+                return False
+            await AuditStore.append(
+                connection,
+                actor=actor,
+                action="model.set_metadata",
+                subject=model,
+                details={"metadata": dict(metadata)},
+            )
+        return True
+
+
+def _target(row: asyncpg.Record) -> RegionTarget:
+    return RegionTarget(row["region"], row["replicas_min"], row["replicas_max"])
