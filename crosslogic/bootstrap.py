@@ -1,6 +1,6 @@
 """From a bare Python to the project's environment. Standard library only: nothing is installed yet when this runs.
 
-`pip` and `uv` are called with the user's own configuration untouched, so that mirrors, proxies and certificates are theirs.
+`pip` and `uv` are called with the user's own configuration untouched: mirrors, proxies and certificates are theirs.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +35,8 @@ class BootstrapError(Exception):
 def ensure(lock: Path) -> Path:
     """The Python of an environment that has everything in `lock` (a file in requirements/), installed if need be.
 
-    Says on stderr what it does and how long that took, and nothing when there is nothing to do. Two at once wait for one
-    another; what a killed one has left half-made is made anew. Exits with a message if it cannot be done.
+    Says on stderr what it does and how long that took, and nothing when there is nothing to do. Two at once wait for
+    one another; what a killed one has left half-made is made anew. Exits with a message if it cannot be done.
     """
     try:
         return _ensure(lock)
@@ -100,8 +99,8 @@ def _ensure(lock: Path) -> Path:
 
 
 @contextmanager
-def _only_one(environment: Path) -> Iterator[None]:
-    """Hold this environment's bootstrap lock: a flock on a file that is always there, so that nothing needs cleaning up."""
+def _only_one(environment: Path) -> Generator[None]:
+    """Hold this environment's bootstrap lock: a flock on a file that is always there, so nothing needs cleaning up."""
     own = {folder: name for name, folder in _OWN_ENVIRONMENTS.items()}
     with (ROOT / "requirements" / f"{own.get(environment.name, 'run')}.lock").open() as file:
         try:
@@ -154,7 +153,7 @@ def _install_with_pip(python: Path, lock: Path) -> None:
 
 
 def _run(title: str, command: Sequence[str]) -> None:
-    """Run one step; say what it is, that it still runs, and how long it took. Raises BootstrapError with its last words."""
+    """Run one step; say what it is and how long it took. Raises BootstrapError with its last words."""
     began = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         while True:
