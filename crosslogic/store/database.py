@@ -12,15 +12,15 @@ CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 30.0
 
 
-async def connect(settings: Settings) -> asyncpg.Pool:
-    """A pool that reconnects by itself when Postgres comes back.
+async def connect(settings: Settings, *, at_once: int = 1) -> asyncpg.Pool:
+    """A pool that reconnects by itself when Postgres comes back. With `at_once=0` it connects when first used.
 
     Raises Unavailable when Postgres cannot be reached now, Rejected when it refuses us or the URL cannot be read.
     """
     try:
         return await asyncpg.create_pool(
             settings.database_url.get_secret_value(),
-            min_size=1,
+            min_size=at_once,
             max_size=settings.database_connections,
             timeout=CONNECT_TIMEOUT_S,
             command_timeout=COMMAND_TIMEOUT_S,

@@ -1,0 +1,206 @@
+"""The API process: `uvicorn api.app:app`. The lifespan owns every connection and background task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import hmac
+import logging
+import ssl
+from collections.abc import AsyncIterator, Coroutine
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from crosslogic.hot.limits import LimitBook
+from crosslogic.hot.pipeline import PipelinedRedis
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from api import admin, errors
+from api.admin.context import AdminContext
+from api.feeds import Feeds
+from api.inference import metering, openapi
+from api.inference.auth import KeyRing
+from api.inference.limits import Limits
+from api.inference.metering import Shipper, UsageLog
+from api.inference.observing import Observer
+from api.inference.proxy import Deadlines, Relay
+from api.inference.router import RouteTable
+from api.inference.routes import Inference
+from api.usage import summarize
+from crosslogic.clients import temporal
+from crosslogic.domain.credentials import node_credential
+from crosslogic.domain.errors import Rejected
+from crosslogic.domain.ids import encode
+from crosslogic.hot import connection as redis_connection
+from crosslogic.hot.routes import RouteBoard
+from crosslogic.new_ids import new_id
+from crosslogic.settings import Settings
+from crosslogic.settings import settings as read_settings
+from crosslogic.store import database
+from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.changes import ChangeStore
+from crosslogic.store.nodes import NodeStore
+from crosslogic.store.tenancy import TenancyStore
+from crosslogic.store.usage import UsageStore
+
+log = logging.getLogger("crosslogic.api")
+
+
+class CrossLogicAPI(FastAPI):
+    """FastAPI for everything but `/v1`, which goes straight to the hot path."""
+
+    inference: Inference | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        if scope["type"] == "http" and self.inference is not None and scope["path"].startswith("/v1/"):
+            await self.inference(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """FastAPI's document with the hot path's part added."""
+        if not self.openapi_schema:
+            self.openapi_schema = openapi.add_to(super().openapi())
+        return self.openapi_schema
+
+
+def create_app(settings: Settings) -> CrossLogicAPI:
+    """The whole API for these settings; it connects when it is started, and starts with any server away."""
+    app = CrossLogicAPI(
+        title="CrossLogic Inference Cloud",
+        version="0.1.0",
+        description="OpenAI-compatible inference under /v1, administration under /admin.",
+        lifespan=partial(_lifespan, settings),
+        # Their pages load scripts from elsewhere; the document itself is at /openapi.json.
+        docs_url=None,
+        redoc_url=None,
+    )
+    errors.install(app)
+    app.include_router(admin.router)
+    _add_operations(app, settings)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncIterator[None]:
+    secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
+    pool = await database.connect(settings, at_once=0)
+    redis = redis_connection.connect(settings)
+    pipeline = PipelinedRedis(settings.redis_url.get_secret_value())
+    observer = Observer()
+    usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
+    table = RouteTable(partial(node_credential, secret), ssl.create_default_context())
+    limits = Limits(LimitBook(pipeline, settings.redis_prefix))
+    deadlines = Deadlines(
+        connect_s=settings.connect_timeout_s,
+        first_byte_s=settings.first_byte_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        total_s=settings.total_timeout_s,
+        hold_s=settings.hold_timeout_s,
+    )
+    relay = Relay(table, usage_log, limits, observer, deadlines)
+    keys = KeyRing(TenancyStore(pool).find_principals, _now, is_demo_allowed=settings.is_dev)
+    usage = UsageStore(pool)
+    inference = Inference(
+        keys=keys,
+        limits=limits,
+        table=table,
+        relay=relay,
+        usage_log=usage_log,
+        observer=observer,
+        read_usage=lambda principal, options: summarize(usage, principal, options, _now()),
+        max_body_bytes=settings.max_body_bytes,
+    )
+    feeds = Feeds(
+        changes=ChangeStore(pool),
+        catalog=CatalogStore(pool),
+        nodes=NodeStore(pool),
+        board=RouteBoard(redis, settings.redis_prefix),
+        keys=keys,
+        table=table,
+        inference=inference,
+    )
+    shipper = Shipper(usage_log, usage.add)
+    app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
+    app.state.observe = lambda: _observe(observer, table, relay, usage_log)
+    app.state.is_ready = lambda: feeds.is_ready
+    app.inference = inference
+    background: list[Coroutine[Any, Any, None]] = [
+        pipeline.run(),
+        usage_log.keep_synced(),
+        shipper.run(),
+        metering.keep_recovering(settings.usage_log_dir, usage_log.directory.name, usage.add),
+        feeds.keep_polling(),
+        feeds.keep_listening(),
+        limits.keep_renewing(),
+        relay.keep_progress(),
+    ]
+    tasks = [asyncio.create_task(coroutine) for coroutine in background]
+    # What is allocated by now lives as long as the process: keep the collector from walking it (docs/performance.md).
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    try:
+        yield
+    finally:
+        app.inference = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(2):
+                while await shipper.ship_once():
+                    pass
+        usage_log.close()
+        table.close()
+        pipeline.close()
+        await redis.aclose()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1):
+                await pool.close()
+
+
+def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:
+    @app.get("/healthz", tags=["operations"], summary="Is the process up?")
+    async def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operations"], summary="Has it read keys, models and nodes, so that it can answer?")
+    async def readyz(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
+        is_ready: bool = request.app.state.is_ready()
+        return JSONResponse({"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503)
+
+    @app.get("/metrics", tags=["operations"], summary="Prometheus metrics; outside dev mode for the admin token only")
+    async def metrics(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
+        token = settings.admin_token.get_secret_value() if settings.admin_token else ""
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not settings.is_dev and not hmac.compare_digest(given.encode(), token.encode()):
+            raise Rejected("Send the admin token: Authorization: Bearer …", status=401, code="invalid_token")
+        return Response(request.app.state.observe(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: UsageLog) -> bytes:
+    observer.routable_nodes.set(sum(node.entry.is_routable for node in table.nodes))
+    observer.route_table_age.set(asyncio.get_running_loop().time() - table.refreshed_at)
+    observer.streams.set(relay.streams)
+    observer.usage_pending.set(usage_log.kept_bytes)
+    return observer.page()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def __getattr__(name: str) -> CrossLogicAPI:
+    # Made on demand, so that importing this module needs no settings.
+    if name == "app":
+        settings = read_settings()
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        globals()["app"] = app = create_app(settings)
+        return app
+    raise AttributeError(name)

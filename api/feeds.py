@@ -1,0 +1,108 @@
+"""What keeps an API process's memory true: pushes from Redis, and behind them the change counters in Postgres.
+
+Postgres away: everything is served from what is known. Redis away: changes arrive within the poll interval instead of
+at once. Neither is ever waited for by a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from api.inference.auth import KeyRing
+from api.inference.router import RouteTable
+from api.inference.routes import Inference
+from crosslogic.hot.routes import RouteBoard
+from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.changes import ChangeStore
+from crosslogic.store.nodes import NodeStore
+
+log = logging.getLogger("crosslogic.feeds")
+
+POLL_INTERVAL_S = 0.25
+# Even if no counter moved, read the nodes again this often: a full reading heals whatever went wrong.
+FULL_READ_INTERVAL_S = 30.0
+
+
+class Feeds:
+    """Reads each noun again when its counter has moved."""
+
+    def __init__(
+        self,
+        *,
+        changes: ChangeStore,
+        catalog: CatalogStore,
+        nodes: NodeStore,
+        board: RouteBoard,
+        keys: KeyRing,
+        table: RouteTable,
+        inference: Inference,
+    ) -> None:
+        self._changes = changes
+        self._board = board
+        self._table = table
+        self._seen: dict[str, int] = {}
+        self._readers: dict[str, Callable[[], Awaitable[None]]] = {
+            "catalog": self._reader(catalog.load, lambda loaded: setattr(inference, "catalog", loaded)),
+            "tenancy": keys.refresh,
+            "nodes": self._reader(nodes.route_entries, table.replace),
+        }
+        self.is_ready = False
+
+    @staticmethod
+    def _reader(read: Callable[[], Awaitable[Any]], take: Callable[[Any], None]) -> Callable[[], Awaitable[None]]:
+        async def run() -> None:
+            take(await read())
+
+        return run
+
+    async def poll_once(self) -> None:
+        """Read what has moved since the last poll. Raises what the stores raise."""
+        counters = await self._changes.read()
+        for noun, read in self._readers.items():
+            seq = counters.get(noun, 0)
+            if self._seen.get(noun) != seq:
+                await read()
+                # Only now: a reading that failed is tried again.
+                self._seen[noun] = seq
+        self.is_ready = True
+
+    async def keep_polling(self) -> None:
+        """Run for the life of the process."""
+        loop = asyncio.get_running_loop()
+        is_away = False
+        full_read_at = loop.time() + FULL_READ_INTERVAL_S
+        while True:
+            try:
+                if loop.time() >= full_read_at:
+                    self._seen.pop("nodes", None)
+                    full_read_at = loop.time() + FULL_READ_INTERVAL_S
+                await self.poll_once()
+                if is_away:
+                    log.info("Postgres is back")
+                is_away = False
+            except Exception as error:
+                if not is_away:
+                    log.warning("Postgres is away, serving from memory: %r", error)
+                is_away = True
+            await asyncio.sleep(POLL_INTERVAL_S)
+
+    async def keep_listening(self) -> None:
+        """Run for the life of the process: take pushed route entries as they come."""
+        pause_s = 0.1
+        is_away = False
+        while True:
+            try:
+                async for entry in self._board.listen():
+                    if is_away:
+                        log.info("Redis is back")
+                    is_away, pause_s = False, 0.1
+                    self._table.apply(entry)
+            except Exception as error:
+                if not is_away:
+                    log.warning("Redis is away, changes come from Postgres: %r", error)
+                is_away = True
+            await asyncio.sleep(pause_s)
+            pause_s = min(2.0, pause_s * 2)

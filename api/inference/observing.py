@@ -1,0 +1,82 @@
+"""What the hot path shows to Prometheus. Labels are models, regions and fixed words only: series stay bounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from api.inference.proxy import Relayed
+    from api.inference.upstream import FailureKind
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Observer:
+    """Counts and times requests. One object for each process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "crosslogic_requests",
+            "Admitted requests by how they ended.",
+            ("model", "region", "outcome"),
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "crosslogic_refused", "Requests refused before admission, by error code.", ("code",), registry=self.registry
+        )
+        self._tokens = Counter(
+            "crosslogic_tokens", "Tokens charged.", ("model", "region", "token_class"), registry=self.registry
+        )
+        self._first = Histogram(
+            "crosslogic_time_to_first_token_seconds",
+            "From admission to the first byte relayed.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._node_failures = Counter(
+            "crosslogic_node_failures",
+            "Tries that a node failed, by how.",
+            ("model", "region", "kind"),
+            registry=self.registry,
+        )
+        self.routable_nodes = Gauge(
+            "crosslogic_routable_nodes", "Nodes this process would start a request on.", registry=self.registry
+        )
+        self.route_table_age = Gauge(
+            "crosslogic_route_table_age_seconds",
+            "Since the last full reading of the route table.",
+            registry=self.registry,
+        )
+        self.streams = Gauge("crosslogic_open_streams", "Streams being relayed.", registry=self.registry)
+        self.usage_pending = Gauge(
+            "crosslogic_usage_log_bytes", "Bytes of the usage log that are kept on disk.", registry=self.registry
+        )
+
+    def finished(self, relayed: Relayed) -> None:
+        """Count an admitted request that has ended."""
+        model = relayed.model.name
+        region = relayed.node.entry.region if relayed.node else ""
+        self._requests.labels(model, region, relayed.outcome.value).inc()
+        if relayed.prompt_tokens:
+            self._tokens.labels(model, region, "prompt").inc(relayed.prompt_tokens)
+        if relayed.completion_tokens:
+            self._tokens.labels(model, region, "completion").inc(relayed.completion_tokens)
+        if relayed.ttft_s is not None:
+            self._first.labels(model).observe(relayed.ttft_s)
+
+    def refused(self, code: str) -> None:
+        """Count a request that was not admitted."""
+        self._refused.labels(code).inc()
+
+    def node_failed(self, relayed: Relayed, kind: FailureKind) -> None:
+        """Count a try that a node failed."""
+        region = relayed.node.entry.region if relayed.node else ""
+        self._node_failures.labels(relayed.model.name, region, kind.value).inc()
+
+    def page(self) -> bytes:
+        """The exposition that Prometheus scrapes."""
+        return generate_latest(self.registry)

@@ -1,0 +1,80 @@
+"""Usage records' SQL: written once in batches, summed for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from crosslogic.domain.ids import unix_ms_of
+from crosslogic.domain.usage import UsageRecord
+
+
+class UsageStore:
+    """The ledger's raw facts. A record is written once and never changed."""
+
+    INSERT = """
+        INSERT INTO usage_records (
+            id, admitted_at, client_request_id, org_id, environment_id, key_id, home_region, served_region, model,
+            node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens, token_source,
+            latency_ms, ttft_ms, status, outcome, list_price_microdollars)
+        SELECT id, to_timestamp(admitted_ms / 1000.0), client_request_id, org_id, environment_id, key_id, home_region,
+               served_region, model, node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens,
+               cached_tokens, token_source, latency_ms, ttft_ms, status, outcome, list_price_microdollars
+        FROM unnest($1::uuid[], $2::bigint[], $3::text[], $4::uuid[], $5::uuid[], $6::uuid[], $7::text[], $8::text[],
+                    $9::text[], $10::uuid[], $11::text[], $12::bool[], $13::bigint[], $14::bigint[], $15::bigint[],
+                    $16::text[], $17::int[], $18::int[], $19::int[], $20::text[], $21::bigint[])
+             AS r (id, admitted_ms, client_request_id, org_id, environment_id, key_id, home_region, served_region,
+                   model, node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens,
+                   token_source, latency_ms, ttft_ms, status, outcome, list_price_microdollars)
+        ON CONFLICT (id) DO NOTHING
+    """
+
+    SUM_ENVIRONMENT = """
+        SELECT model, count(*) AS requests, sum(prompt_tokens)::bigint AS prompt_tokens,
+               sum(completion_tokens)::bigint AS completion_tokens, sum(cached_tokens)::bigint AS cached_tokens
+        FROM usage_records
+        WHERE environment_id = $1 AND admitted_at >= $2 AND admitted_at < $3
+        GROUP BY model ORDER BY model
+    """
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def add(self, records: Sequence[UsageRecord]) -> None:
+        """Write records; those that are there already are left alone (A2, B2)."""
+        rows = [
+            (
+                record.id,
+                unix_ms_of(record.id),
+                record.client_request_id.replace("\x00", ""),
+                record.org_id,
+                record.environment_id,
+                record.key_id,
+                record.home_region,
+                record.served_region,
+                record.model,
+                record.node_id,
+                record.endpoint_kind,
+                record.is_streamed,
+                record.prompt_tokens,
+                record.completion_tokens,
+                record.cached_tokens,
+                record.token_source.value,
+                record.latency_ms,
+                record.ttft_ms,
+                record.status,
+                record.outcome.value,
+                record.list_price_microdollars,
+            )
+            for record in records
+        ]
+        if rows:
+            await self._pool.execute(self.INSERT, *(list(column) for column in zip(*rows, strict=True)))
+
+    async def sum_environment(self, environment_id: UUID, start_at: datetime, end_at: datetime) -> list[dict[str, Any]]:
+        """Requests and tokens of one environment by model, admitted in [start_at, end_at)."""
+        return [dict(row) for row in await self._pool.fetch(self.SUM_ENVIRONMENT, environment_id, start_at, end_at)]
