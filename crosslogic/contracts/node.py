@@ -49,6 +49,7 @@ class NodeSpec:
     workflow_id: str
     drain_timeout_s: int = 120
     endpoint: str = ""  # Only for a node that exists already (joined): there is no cloud behind it.
+    kind: str = "chat"  # The model's kind in the catalog: how its engine must be started.
 
 
 @dataclass(frozen=True)
