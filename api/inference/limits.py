@@ -6,32 +6,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from uuid import UUID
 
-from crosslogic.domain.limits import LayerLimits, Refusal, Standing, Subject
-from crosslogic.hot.limits import LimitBook
-
-from crosslogic.domain.errors import Rejected
+from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.ids import encode
+from crosslogic.domain.limits import LayerLimits, Limited, Refusal, Standing, Subject
 from crosslogic.domain.tenancy import Principal
+from crosslogic.hot.limits import LimitBook
 
 log = logging.getLogger("crosslogic.limits")
 
 RENEW_INTERVAL_S = 20.0
+MOST_PRINCIPALS = 100_000
 
-Subjects = Sequence[tuple[Subject, LayerLimits]]
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Hold:
     """One request's grab at every layer's budget, until it is settled."""
 
     id: str
-    subjects: Subjects
     tokens: int
-    spend_microdollars: int
-    standing: Standing | None = field(default=None)
+    standing: Standing
 
 
 class Limits:
@@ -39,53 +35,45 @@ class Limits:
 
     def __init__(self, book: LimitBook) -> None:
         self._book = book
-        self._subjects: dict[UUID, tuple[Principal, Subjects]] = {}
-        self._open: dict[str, Hold] = {}
+        self._subjects: dict[UUID, tuple[Principal, Sequence[Limited]]] = {}
+        self._open: set[str] = set()
 
-    def _subjects_of(self, principal: Principal) -> Subjects:
+    def _subjects_of(self, principal: Principal) -> Sequence[Limited]:
         known = self._subjects.get(principal.key_id)
         if known is not None and known[0] is principal:
             return known[1]
         subjects = [(Subject(row.layer, encode(row.subject_id)), LayerLimits.of(row)) for row in principal.limits]
-        if len(self._subjects) > 100_000:
+        if len(self._subjects) >= MOST_PRINCIPALS:
             self._subjects.clear()
         self._subjects[principal.key_id] = (principal, subjects)
         return subjects
 
     async def place(self, request_id: str, principal: Principal, tokens: int, spend_microdollars: int) -> Hold:
         """Hold an estimate at all four layers or at none. Raises Rejected naming layer, limit and when to return."""
-        hold = Hold(request_id, self._subjects_of(principal), tokens, spend_microdollars)
-        answer = await self._book.place(request_id, hold.subjects, tokens, spend_microdollars, _now_ms())
+        answer = await self._book.place(request_id, self._subjects_of(principal), tokens, spend_microdollars, _now_ms())
         if isinstance(answer, Refusal):
-            raise Rejected(answer.message, status=answer.status, code=answer.code, retry_after_s=answer.retry_after_s)
-        hold.standing = answer.standing
-        self._open[request_id] = hold
-        return hold
+            raise answer.as_rejected()
+        self._open.add(request_id)
+        return Hold(request_id, tokens, answer.standing)
 
     async def settle(self, hold: Hold, used_tokens: int, used_spend_microdollars: int) -> None:
-        """Correct the hold to the truth and end it. A failure is logged: the hold then expires by itself."""
-        self._open.pop(hold.id, None)
-        try:
-            await self._book.settle(
-                hold.id,
-                hold.subjects,
-                hold.tokens,
-                used_tokens,
-                hold.spend_microdollars,
-                used_spend_microdollars,
-                _now_ms(),
-            )
-        except Exception as error:
-            log.warning("the hold of %s was not settled and will expire: %r", hold.id, error)
+        """End a hold; what it held becomes what was used."""
+        self._open.discard(hold.id)
+        await self._book.settle(hold.id, used_tokens, used_spend_microdollars, _now_ms())
+
+    async def release(self, hold: Hold) -> None:
+        """End a hold as if it had never been: the request was not our client's to pay for in any way."""
+        self._open.discard(hold.id)
+        await self._book.release(hold.id, _now_ms())
 
     async def keep_renewing(self) -> None:
         """Run for the life of the process."""
         while True:
             await asyncio.sleep(RENEW_INTERVAL_S)
             try:
-                await self._book.renew([(hold.id, hold.subjects) for hold in self._open.values()], _now_ms())
-            except Exception as error:
-                log.warning("holds were not renewed: %r", error)
+                await self._book.renew(tuple(self._open), _now_ms())
+            except Unavailable as error:
+                log.warning("holds were not renewed: %s", error)
 
 
 def _now_ms() -> int:

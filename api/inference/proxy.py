@@ -174,8 +174,7 @@ class Relayed:
         if self.node is not None:
             headers.append((b"x-crosslogic-node", self.node.shown_id))
             headers.append((b"x-crosslogic-region", self.node.shown_region))
-        if self.hold.standing is not None:
-            headers.extend(self.hold.standing.headers())
+        headers.extend(self.hold.standing.headers())
         return headers
 
     def charge(self, usage: tuple[int, int, int] | None, counted_tokens: int) -> None:

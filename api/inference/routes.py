@@ -171,7 +171,7 @@ class Inference:
         try:
             self._usage_log.intend(intent)
         except BaseException:
-            await self._limits.settle(hold, 0, 0)
+            await self._limits.release(hold)
             raise
         return Relayed(request_id, shown_id, call, model, plan, hold, intent, started_at)
 
