@@ -12,6 +12,8 @@ DEPLOYMENT_SCALING = "DeploymentScaling"
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
 LOOK_AGAIN = "look_again"
+# Signals that may carry a text, shown as the reason of what follows. All others carry nothing.
+SIGNALS_WITH_A_REASON = frozenset({DRAIN})
 
 # Queries.
 STATE = "state"

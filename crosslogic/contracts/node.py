@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# The provider of a node that exists already: there is no cloud behind it.
+JOINED = "joined"
+
 
 @dataclass(frozen=True)
 class NodeProvisioningInput:
@@ -35,18 +38,22 @@ class NodeProvisioningResult:
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """A provisioning input with every choice made: names resolved, defaults filled, the cluster named."""
+    """A provisioning input with every choice made: names resolved, defaults filled, the cluster named.
+
+    The defaults are those of a node that is joined: the operator knows its id, model, region and endpoint, and
+    `NodeLifecycle` finds out the rest.
+    """
 
     node_id: str
     model: str
     region: str
-    deployment: str
-    provider: str
-    gpu: str
-    spot: bool
-    cluster: str
-    is_pinned: bool
-    workflow_id: str
+    deployment: str = ""
+    provider: str = JOINED
+    gpu: str = ""
+    spot: bool = False
+    cluster: str = ""
+    is_pinned: bool = True
+    workflow_id: str = ""
     drain_timeout_s: int = 120
     endpoint: str = ""  # Only for a node that exists already (joined): there is no cloud behind it.
     kind: str = "chat"  # The model's kind in the catalog: how its engine must be started.
@@ -58,8 +65,53 @@ class NodeLifecycleInput:
 
     spec: NodeSpec
     is_admitted: bool = True  # False: the node is joined; the workflow admits it first.
-    is_draining: bool = False  # Crosses continue-as-new.
+    is_draining: bool = False  # Drain it at once; crosses continue-as-new.
     drain_reason: str = ""
+
+
+@dataclass(frozen=True)
+class NodeOrder:
+    """What `resolve_node_spec` turns into a `NodeSpec`: an operator's or a deployment's order, with the id it has."""
+
+    order: NodeProvisioningInput
+    node_id: str
+    workflow_id: str
+    is_pinned: bool = True
+
+
+@dataclass(frozen=True)
+class NodeAdmission:
+    """A node that has generated: its measured speed in tokens/s, and the workflow that takes care of it from now on."""
+
+    spec: NodeSpec
+    capacity_tokens_per_s: int
+    workflow_id: str
+
+
+@dataclass(frozen=True)
+class NodeChange:
+    """Why something is done to a node, in plain words that its row and the Temporal UI show."""
+
+    spec: NodeSpec
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodeEnding:
+    """How a node ended: `state` is `terminated`, `failed` or `lost`."""
+
+    spec: NodeSpec
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodeLook:
+    """One look at a node. The workflow remembers for how long and for how many looks it has been silent."""
+
+    spec: NodeSpec
+    silent_for_s: float = 0.0
+    failed_polls: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,14 +140,26 @@ class NodeReading:
     node_id: str
     verdict: str
     reason: str
+    look_again_s: float = 0.0  # When a suspect should be looked at again.
 
 
 @dataclass(frozen=True)
 class RegionWatch:
-    """Input of the activity that watches one region's nodes. `verdicts` is what the workflow knows already."""
+    """Input of the activity that watches one region's nodes. `verdicts` is what the workflow knows already.
+
+    A node that is not in `verdicts` counts as healthy.
+    """
 
     region: str
     verdicts: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class RegionReport:
+    """What a watch saw: the verdicts that changed, and the nodes that are there (to forget the others)."""
+
+    changed: list[NodeReading] = field(default_factory=list[NodeReading])
+    present: list[str] = field(default_factory=list[str])
 
 
 @dataclass(frozen=True)
@@ -104,10 +168,3 @@ class FleetHealthInput:
 
     region: str
     verdicts: dict[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True)
-class DeploymentScalingInput:
-    """The keeper of one deployment's promise."""
-
-    deployment: str
