@@ -92,6 +92,11 @@ class AuditStore:
         chained = _chain(previous, seq, at, actor, action, subject, details)
         await connection.execute(cls.INSERT, seq, at, actor, action, subject, json.dumps(details), previous, chained)
 
+    async def record(self, *, actor: str, action: str, subject: str, details: Mapping[str, Any]) -> None:
+        """Chain one entry for a write that is made elsewhere (a workflow is started), before it is made."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            await self.append(connection, actor=actor, action=action, subject=subject, details=details)
+
     async def list_entries(
         self, *, before_seq: int | None = None, subject: str | None = None, limit: int = 50
     ) -> Sequence[AuditEntry]:

@@ -26,6 +26,12 @@ class NodeStore:
     SELECT_MANY = "SELECT * FROM nodes WHERE id = ANY($1::uuid[])"
     SELECT_ALIVE = "SELECT * FROM nodes WHERE ended_at IS NULL ORDER BY created_at, id"
     SELECT_ALL = "SELECT * FROM nodes ORDER BY created_at DESC, id DESC LIMIT $1"
+    SELECT_PAGE = """
+        SELECT * FROM nodes
+        WHERE state = ANY($1::text[]) AND ($2::text IS NULL OR region = $2) AND ($3::text IS NULL OR model = $3)
+          AND ($4::uuid IS NULL OR id < $4)
+        ORDER BY id DESC LIMIT $5
+    """
     SELECT_ALIVE_IN_REGION = "SELECT * FROM nodes WHERE ended_at IS NULL AND region = $1 ORDER BY created_at, id"
     ADVANCE = """
         UPDATE nodes
@@ -100,6 +106,19 @@ class NodeStore:
     async def list_all(self, limit: int = 1000) -> list[Node]:
         """The newest nodes, ended ones included, newest first."""
         return [_node(row) for row in await self._pool.fetch(self.SELECT_ALL, limit)]
+
+    async def list_page(
+        self,
+        *,
+        states: Sequence[NodeState],
+        region: str | None = None,
+        model: str | None = None,
+        before: UUID | None = None,
+        limit: int = 50,
+    ) -> list[Node]:
+        """Nodes in one of these states, newest first, with an id below `before`."""
+        rows = await self._pool.fetch(self.SELECT_PAGE, list(states), region, model, before, limit)
+        return [_node(row) for row in rows]
 
     async def route_entries(self) -> list[RouteEntry]:
         """What the API must know of every node that has not ended."""

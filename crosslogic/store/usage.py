@@ -41,6 +41,23 @@ class UsageStore:
         GROUP BY model ORDER BY model
     """
 
+    SUM_BY = """
+        SELECT sums.org_id, o.name AS org, sums.environment_id, e.name AS environment, sums.model, sums.day,
+               sums.requests, sums.prompt_tokens, sums.completion_tokens, sums.cached_tokens
+        FROM (
+            SELECT CASE WHEN 'org' = ANY($1::text[]) THEN org_id END AS org_id,
+                   CASE WHEN 'environment' = ANY($1) THEN environment_id END AS environment_id,
+                   CASE WHEN 'model' = ANY($1) THEN model END AS model,
+                   CASE WHEN 'day' = ANY($1) THEN (admitted_at AT TIME ZONE 'UTC')::date END AS day,
+                   count(*) AS requests, sum(prompt_tokens)::bigint AS prompt_tokens,
+                   sum(completion_tokens)::bigint AS completion_tokens, sum(cached_tokens)::bigint AS cached_tokens
+            FROM usage_records
+            WHERE admitted_at >= $2 AND admitted_at < $3 AND ($4::uuid IS NULL OR org_id = $4)
+            GROUP BY 1, 2, 3, 4
+        ) sums LEFT JOIN orgs o ON o.id = sums.org_id LEFT JOIN environments e ON e.id = sums.environment_id
+        ORDER BY sums.day, o.name, e.name, sums.model LIMIT $5
+    """
+
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
@@ -78,3 +95,19 @@ class UsageStore:
     async def sum_environment(self, environment_id: UUID, start_at: datetime, end_at: datetime) -> list[dict[str, Any]]:
         """Requests and tokens of one environment by model, admitted in [start_at, end_at)."""
         return [dict(row) for row in await self._pool.fetch(self.SUM_ENVIRONMENT, environment_id, start_at, end_at)]
+
+    async def sum_by(
+        self,
+        dimensions: Sequence[str],
+        start_at: datetime,
+        end_at: datetime,
+        *,
+        org_id: UUID | None = None,
+        limit: int = 10_000,
+    ) -> list[dict[str, Any]]:
+        """Requests and tokens admitted in [start_at, end_at), by any of `org`, `environment`, `model` and `day` (UTC).
+
+        A dimension that is not asked for is None in every row.
+        """
+        rows = await self._pool.fetch(self.SUM_BY, list(dimensions), start_at, end_at, org_id, limit)
+        return [dict(row) for row in rows]

@@ -1,0 +1,113 @@
+"""What the admin routes work with, and the door that every one of them stands behind."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import asyncpg
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+
+from api.admin.temporal import Workflows
+from crosslogic.domain.errors import Rejected, Unavailable
+from crosslogic.settings import Settings
+from crosslogic.store.audit import AuditStore
+from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.nodes import NodeStore
+from crosslogic.store.tenancy import TenancyStore
+from crosslogic.store.usage import UsageStore
+
+if TYPE_CHECKING:
+    from temporalio.client import Client
+
+# Who an audit row says it was. There is one service token, so the API cannot tell its holders apart.
+ACTOR = "admin-api"
+
+
+@dataclass(frozen=True)
+class AdminContext:
+    """Built once by the app and kept in `app.state.admin`. Temporal is connected to when it is first needed."""
+
+    settings: Settings
+    pool: asyncpg.Pool
+    connect_temporal: Callable[[], Awaitable[Client]]
+
+    tenancy: TenancyStore = field(init=False)
+    catalog: CatalogStore = field(init=False)
+    audit: AuditStore = field(init=False)
+    nodes: NodeStore = field(init=False)
+    usage: UsageStore = field(init=False)
+    workflows: Workflows = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, made in (
+            ("tenancy", TenancyStore(self.pool)),
+            ("catalog", CatalogStore(self.pool)),
+            ("audit", AuditStore(self.pool)),
+            ("nodes", NodeStore(self.pool)),
+            ("usage", UsageStore(self.pool)),
+            ("workflows", Workflows(self.connect_temporal)),
+        ):
+            object.__setattr__(self, name, made)
+
+    async def temporal(self) -> Client:
+        """The client. Raises Unavailable while Temporal is away; the next call tries again."""
+        return await self.workflows.temporal()
+
+
+def _context(request: Request) -> AdminContext:
+    context: AdminContext = request.app.state.admin
+    return context
+
+
+Admin = Annotated[AdminContext, Depends(_context)]
+
+# Only documents the token; AdminRoute checks it, before a byte of the body is read.
+bearer = HTTPBearer(auto_error=False, scheme_name="admin token", description="The service token, `adm_…`.")
+
+
+class AdminRoute(APIRoute):
+    """Lets a request in by the service token only, and turns a database that is away into a 503."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler behind the door."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            check_token(request.headers.get("authorization", ""), _context(request).settings)
+            try:
+                return await handle(request)
+            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError) as error:
+                raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
+
+        return guarded
+
+
+def check_token(authorization: str, settings: Settings) -> None:
+    """Raise Rejected unless the header holds the service token; compared in constant time."""
+    scheme, _, given = authorization.partition(" ")
+    given = given.strip()
+    if scheme.lower() != "bearer" or not given:
+        raise Rejected(
+            "No admin token was given. Send it as a header: Authorization: Bearer adm_…",
+            status=401,
+            code="missing_admin_token",
+        )
+    expected = settings.admin_token
+    if expected is not None and hmac.compare_digest(given.encode(), expected.get_secret_value().encode()):
+        return
+    if given.startswith("sk_"):
+        raise Rejected(
+            "An API key cannot administer. Send the service token (CROSSLOGIC_ADMIN_TOKEN) instead.",
+            status=403,
+            code="not_an_admin_token",
+        )
+    raise Rejected(
+        "That is not the admin token. It is the value of CROSSLOGIC_ADMIN_TOKEN that the API was started with.",
+        status=401,
+        code="wrong_admin_token",
+    )

@@ -1,0 +1,264 @@
+"""Nodes: what there is, and the workflows that start, join and drain them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, Field
+
+from api.admin.catalog import resolve_model
+from api.admin.context import ACTOR, Admin, AdminRoute
+from api.admin.schemas import After, Body, Label, Limit, Page, after_uuid, page
+from crosslogic.contracts import names
+from crosslogic.contracts.node import NodeLifecycleInput, NodeProvisioningInput, NodeSpec
+from crosslogic.domain import ids
+from crosslogic.domain.catalog import Catalog
+from crosslogic.domain.credentials import node_credential
+from crosslogic.domain.errors import Unavailable
+from crosslogic.domain.node import FINAL_STATES, Node, NodeState, check_endpoint, cluster_name
+from crosslogic.new_ids import new_id
+
+router = APIRouter(route_class=AdminRoute)
+
+NodePath = Annotated[str, Path(max_length=64, description="A node's id.", examples=["node_01k5…"])]
+ModelName = Annotated[str, Field(max_length=128, description="A model's name or alias.", examples=["llama-7b"])]
+RegionName = Annotated[str, Field(max_length=64, description="A region's name or cloud alias.", examples=["in-mumbai"])]
+NewNodeId = Annotated[
+    str | None,
+    Field(max_length=64, description="Left out: a new id. Give one of your own making to be able to repeat the call."),
+]
+
+# The provider of a node that no cloud stands behind.
+JOINED = "joined"
+
+
+class NodeOut(BaseModel):
+    """A node as the registry has it."""
+
+    id: str = Field(examples=["node_01k5…"])
+    state: NodeState
+    is_tombstoned: bool = Field(description="It is being undone and never comes back.")
+    reason: str = Field(description="Why it is in this state.")
+    model: str
+    region: str
+    deployment: str | None
+    provider: str = Field(description="`joined`: no cloud behind it.")
+    cluster: str = Field(description="The machine's name in its cloud.")
+    gpu: str
+    is_spot: bool
+    is_pinned: bool = Field(description="Started or joined by hand: counted, never scaled away.")
+    endpoint: str | None
+    capacity_tokens_per_s: int = Field(description="Measured when it was admitted; 0: unknown.")
+    generation: int
+    workflow_id: str = Field(description="The workflow that is responsible for it now.")
+    created_at: datetime
+    changed_at: datetime
+    ready_at: datetime | None
+    ended_at: datetime | None
+
+
+class NodeIn(Body):
+    """A node to start."""
+
+    model: ModelName
+    region: RegionName
+    gpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$", description="Empty: the cheapest that fits.")] = ""
+    spot: bool = Field(default=True, description="A spot machine, which the cloud may take back.")
+    drain_timeout_s: int = Field(default=120, ge=1, le=86_400)
+    node_id: NewNodeId = None
+
+
+class StartedOut(BaseModel):
+    """A node that is on its way, and the workflow that brings it."""
+
+    node_id: str = Field(examples=["node_01k5…"])
+    workflow_id: str = Field(examples=["provision/node_01k5…"])
+
+
+class JoinIn(Body):
+    """A node that exists already: static, or on a customer's premises."""
+
+    model: ModelName
+    region: RegionName
+    endpoint: Annotated[
+        str, Field(max_length=500, description="Base URL of its engine.", examples=["https://gpu-7.example.org"])
+    ]
+    drain_timeout_s: int = Field(default=120, ge=1, le=86_400)
+    node_id: NewNodeId = None
+
+
+class JoinedOut(StartedOut):
+    """A node that is joining. It is admitted once its engine answers to the credential."""
+
+    credential: str = Field(description="The bearer token (API key) that its engine must accept.", examples=["nc_…"])
+
+
+class DrainIn(Body):
+    """Why a node is drained."""
+
+    reason: Label = Field(default="drained by an operator", examples=["kernel update"])
+
+
+@router.get("/nodes")
+async def list_nodes(
+    admin: Admin,
+    state: Annotated[list[NodeState] | None, Query(description="Repeat it for several.")] = None,
+    region: Annotated[str | None, Query(max_length=64)] = None,
+    model: Annotated[str | None, Query(max_length=128)] = None,
+    include_ended: Annotated[bool, Query(description="Without `state`: nodes that have ended, too.")] = False,
+    limit: Limit = 50,
+    after: After = None,
+) -> Page[NodeOut]:
+    """Nodes, newest first; those that have ended only if asked for."""
+    catalog = await admin.catalog.load() if region is not None or model is not None else None
+    states = state or [known for known in NodeState if include_ended or known not in FINAL_STATES]
+    rows = await admin.nodes.list_page(
+        states=states,
+        region=None if region is None or catalog is None else catalog.regions.resolve(region),
+        model=None if model is None or catalog is None else resolve_model(catalog, model).name,
+        before=after_uuid(ids.NODE, after),
+        limit=limit + 1,
+    )
+    return page(rows, limit, _show_node, lambda node: node.id)
+
+
+@router.get("/nodes/{node_id}")
+async def get_node(node_id: NodePath, admin: Admin) -> NodeOut:
+    """One node."""
+    return _show_node(await admin.nodes.get(ids.NODE.parse(node_id)))
+
+
+@router.post("/nodes", status_code=202)
+async def start_node(body: NodeIn, admin: Admin) -> StartedOut:
+    """Start a node of the configured cloud through the workflow `NodeProvisioning`."""
+    catalog = await admin.catalog.load()
+    model, region = resolve_model(catalog, body.model), catalog.regions.resolve(body.region)
+    node_id = _node_id(body.node_id)
+    workflow_id = names.provisioning_workflow_id(node_id)
+    await admin.workflows.temporal()
+    await admin.audit.record(
+        actor=ACTOR,
+        action="node.start",
+        subject=node_id,
+        details={"model": model.name, "region": region, "gpu": body.gpu, "spot": body.spot},
+    )
+    await admin.workflows.start(
+        names.NODE_PROVISIONING,
+        NodeProvisioningInput(
+            model=model.name,
+            region=region,
+            gpu=body.gpu,
+            spot=body.spot,
+            node_id=node_id,
+            drain_timeout_s=body.drain_timeout_s,
+        ),
+        workflow_id=workflow_id,
+        task_queue=admin.settings.fleet_task_queue,
+    )
+    return StartedOut(node_id=node_id, workflow_id=workflow_id)
+
+
+@router.post("/nodes/join", status_code=202)
+async def join_node(body: JoinIn, admin: Admin) -> JoinedOut:
+    """Put an engine that is running somewhere into service, through a `NodeLifecycle` without a cloud behind it."""
+    endpoint = check_endpoint(body.endpoint, is_loopback_allowed=admin.settings.is_dev)
+    catalog = await admin.catalog.load()
+    model, region = resolve_model(catalog, body.model), catalog.regions.resolve(body.region)
+    node_id = _node_id(body.node_id)
+    workflow_id = names.node_workflow_id(node_id)
+    spec = NodeSpec(
+        node_id=node_id,
+        model=model.name,
+        region=region,
+        deployment=_deployment_of(catalog, model.name, region),
+        provider=JOINED,
+        gpu="",
+        spot=False,
+        cluster=cluster_name(JOINED, region, "own", False, node_id),
+        is_pinned=True,
+        workflow_id=workflow_id,
+        drain_timeout_s=body.drain_timeout_s,
+        endpoint=endpoint,
+        kind=model.kind,
+    )
+    await admin.workflows.temporal()
+    await admin.audit.record(
+        actor=ACTOR,
+        action="node.join",
+        subject=node_id,
+        details={"model": model.name, "region": region, "endpoint": endpoint},
+    )
+    await admin.workflows.start(
+        names.NODE_LIFECYCLE,
+        NodeLifecycleInput(spec=spec, is_admitted=False),
+        workflow_id=workflow_id,
+        task_queue=admin.settings.fleet_task_queue,
+    )
+    secret = admin.settings.node_secret
+    assert secret is not None, "settings without a node secret are not valid"
+    return JoinedOut(
+        node_id=node_id, workflow_id=workflow_id, credential=node_credential(secret.get_secret_value(), node_id)
+    )
+
+
+@router.post("/nodes/{node_id}/drain", status_code=202)
+async def drain_node(node_id: NodePath, admin: Admin, body: DrainIn | None = None) -> NodeOut:
+    """No new requests; running ones end, or reach the node's deadline, then it is terminated. Repeating it changes nothing."""
+    reason = (body or DrainIn()).reason
+    node = await admin.nodes.get(ids.NODE.parse(node_id))
+    if node.state in FINAL_STATES:
+        return _show_node(node)
+    await admin.workflows.temporal()
+    await admin.audit.record(actor=ACTOR, action="node.drain", subject=node.node_id, details={"reason": reason})
+    for _ in range(2):
+        if await admin.workflows.signal(node.workflow_id, names.DRAIN, reason):
+            return _show_node(node)
+        # Provisioning hands a node over to its lifecycle: look again who is responsible.
+        node = await admin.nodes.get(node.id)
+        if node.state in FINAL_STATES:
+            return _show_node(node)
+    raise Unavailable(
+        f"Workflow {node.workflow_id}, which is responsible for {node_id}, is not running, so it cannot be told. "
+        "Look at it in the Temporal UI.",
+        code="workflow_not_running",
+        retry_after_s=5,
+    )
+
+
+def _node_id(given: str | None) -> str:
+    return ids.NODE.show(new_id() if given is None else ids.NODE.parse(given))
+
+
+def _deployment_of(catalog: Catalog, model: str, region: str) -> str:
+    """The deployment that promises this model there, which the node then counts for; empty if there is none."""
+    for deployment in catalog.deployments.values():
+        if deployment.model == model and any(target.region == region for target in deployment.regions):
+            return deployment.name
+    return ""
+
+
+def _show_node(node: Node) -> NodeOut:
+    return NodeOut(
+        id=node.node_id,
+        state=node.state,
+        is_tombstoned=node.is_tombstoned,
+        reason=node.reason,
+        model=node.model,
+        region=node.region,
+        deployment=node.deployment,
+        provider=node.provider,
+        cluster=node.cluster,
+        gpu=node.gpu,
+        is_spot=node.is_spot,
+        is_pinned=node.is_pinned,
+        endpoint=node.endpoint,
+        capacity_tokens_per_s=node.capacity_tokens_per_s,
+        generation=node.generation,
+        workflow_id=node.workflow_id,
+        created_at=node.created_at,
+        changed_at=node.changed_at,
+        ready_at=node.ready_at,
+        ended_at=node.ended_at,
+    )
