@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -240,7 +240,7 @@ class Inference:
                 "data": [card for model in self._visible(principal) for card in self._cards(model)],
             }
         else:
-            name = unquote(path.removeprefix("/v1/models/"))
+            name = path.removeprefix("/v1/models/")
             model = self.catalog.resolve_model(name)
             if model is None or model not in self._visible(principal):
                 raise Rejected(

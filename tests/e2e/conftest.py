@@ -52,7 +52,6 @@ def make_key(stack: Stack) -> str:
         "none",
     )
     for whose in (("--key", document["id"]), ("--environment", document["environment_id"])):
-        chosen = generous if whose[0] == "--key" else generous
-        set_to = stack.command("limits", "set", *whose, *chosen)
+        set_to = stack.command("limits", "set", *whose, *generous)
         assert set_to.returncode == 0, set_to.stderr + set_to.stdout
     return str(document["secret"])

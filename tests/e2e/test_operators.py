@@ -89,7 +89,7 @@ class TestProvisioning:
 
 
 class TestJoin:
-    @pytest.fixture()
+    @pytest.fixture
     def engine(self) -> Iterator[str]:
         """A node that exists already: an engine beside the stack, which no cloud of ours knows."""
         port = free_port()

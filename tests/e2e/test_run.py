@@ -35,7 +35,7 @@ class TestRun:
         assert seconds < 5
         assert first.process.returncode == 0
         assert all(is_gone(pid) for pid in began)
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), 1)
 
         second = Stack(tmp_path, port)
