@@ -201,7 +201,7 @@ async def ensure_search_attributes(client: temporalio.client.Client, namespace: 
             names = " ".join(f"--name {name} --type Keyword" for name in SEARCH_ATTRIBUTES)
             raise Rejected(
                 f"This Temporal does not let us register search attributes ({error.status.name}). Create them "
-                f"yourself: `temporal operator search-attribute create --namespace {namespace} {names}`, or in Temporal Cloud "
-                "under Namespaces → Edit → Custom Search Attributes, all of type Keyword. Then run the set-up again."
+                f"yourself: `temporal operator search-attribute create --namespace {namespace} {names}`, in Temporal "
+                "Cloud under Namespaces → Edit → Custom Search Attributes (type Keyword), and run the set-up again."
             ) from error
         raise Unavailable(f"Temporal did not register the search attributes: {error.message}") from error

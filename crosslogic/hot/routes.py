@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import redis.asyncio as aioredis
+from redis.exceptions import RedisError
 
+from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.node import FINAL_STATES, NodeState, RouteEntry
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,10 @@ _PUBLISH = (Path(__file__).parent / "routes.lua").read_text(encoding="utf-8")
 
 
 class RouteBoard:
-    """Publishes and reads route entries. A rebuildable view: write to Postgres first, then here."""
+    """Publishes and reads route entries. A rebuildable view: write to Postgres first, then here.
+
+    Every method raises Unavailable when Redis does not answer.
+    """
 
     def __init__(self, redis: aioredis.Redis, prefix: str) -> None:
         self._redis: Any = redis  # Its own annotations are partial.
@@ -37,39 +42,49 @@ class RouteBoard:
 
         An entry in a final state leaves the table and is remembered for `TOMBSTONE_S`.
         """
-        taken = await self._publish(
-            keys=[self._hash, self._gone + entry.node_id],
-            args=[
-                entry.node_id,
-                entry.generation,
-                encode(entry),
-                self._channel,
-                int(entry.state in FINAL_STATES),
-                TOMBSTONE_S,
-            ],
-        )
-        return bool(taken)
+        arguments = [
+            entry.node_id,
+            entry.generation,
+            encode(entry),
+            self._channel,
+            int(entry.state in FINAL_STATES),
+            TOMBSTONE_S,
+        ]
+        try:
+            return bool(await self._publish(keys=[self._hash, self._gone + entry.node_id], args=arguments))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
 
     async def read_all(self) -> list[RouteEntry]:
         """Every entry on the board, in no order."""
-        found: dict[str, str] = await self._redis.hgetall(self._hash)
+        try:
+            found: dict[str, str] = await self._redis.hgetall(self._hash)
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
         return [entry for text in found.values() if (entry := _decode_or_none(text)) is not None]
 
     async def listen(self) -> AsyncIterator[RouteEntry]:
         """First every entry on the board, then each one that is pushed, for ever; nothing is missed in between.
 
-        Raises redis.exceptions.RedisError when the connection breaks: then call it again.
+        When the connection breaks it ends with Unavailable: then call it again.
         """
-        async with self._redis.pubsub(ignore_subscribe_messages=True) as subscription:
-            await subscription.subscribe(self._channel)
-            # The first message confirms: what is published from now on arrives, what was before is on the board.
-            await subscription.get_message(timeout=5.0)
-            for entry in await self.read_all():
-                yield entry
-            while True:
-                message = await subscription.get_message(timeout=1.0)
-                if message is not None and (entry := _decode_or_none(message["data"])) is not None:
+        try:
+            async with self._redis.pubsub(ignore_subscribe_messages=True) as subscription:
+                await subscription.subscribe(self._channel)
+                # The first message confirms: what is published from now on arrives, what was before is on the board.
+                await subscription.get_message(timeout=5.0)
+                for entry in await self.read_all():
                     yield entry
+                while True:
+                    message = await subscription.get_message(timeout=1.0)
+                    if message is not None and (entry := _decode_or_none(message["data"])) is not None:
+                        yield entry
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable(f"Redis does not answer ({type(error).__name__}: {error}); check CROSSLOGIC_REDIS_URL.")
 
 
 def encode(entry: RouteEntry) -> str:

@@ -1,0 +1,173 @@
+"""An engine's own HTTP interface, as probes use it: is it well, can it generate, what is it busy with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httpx
+
+from crosslogic.domain.credentials import node_credential
+from crosslogic.domain.errors import Rejected, Unavailable
+
+# Nodes are not trusted. vLLM's metrics page has 50 kB; nothing that we ask for is larger than this.
+MAX_ANSWER_BYTES = 2_000_000
+
+# Gauges of requests that an engine has accepted and not finished: running, and waiting for a slot.
+# Source: the metrics pages of llama.cpp's server and of vLLM 0.32.
+RUNNING = frozenset({"llamacpp:requests_processing", "vllm:num_requests_running"})
+WAITING = frozenset({"llamacpp:requests_deferred", "vllm:num_requests_waiting"})
+
+_PROMPT = "Count from one to one hundred: one, two, three,"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Requests inside an engine."""
+
+    running: int
+    waiting: int
+
+    @property
+    def total(self) -> int:
+        """Requests that would be lost if the engine ended now."""
+        return self.running + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one measured generation took. An embedding counts its prompt's tokens."""
+
+    tokens: int
+    duration_s: float
+
+    @property
+    def tokens_per_s(self) -> int:
+        """The speed of one stream alone, at least 1."""
+        return max(1, round(self.tokens / max(self.duration_s, 1e-6)))
+
+
+class EngineClient:
+    """Asks engines, each with its own node's credential. Redirects are never followed and answers are bounded.
+
+    Every method raises Unavailable when there is no answer in time, or not the expected one.
+    """
+
+    def __init__(self, node_secret: str, timeout_s: float, connections: int = 200) -> None:
+        self._secret = node_secret
+        self._timeout_s = timeout_s
+        self._http = httpx.AsyncClient(
+            timeout=timeout_s,
+            follow_redirects=False,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def check_health(self, node_id: str, endpoint: str) -> None:
+        """Return when the engine says that it is well: it has loaded its model and takes requests."""
+        await self._ask(node_id, "GET", f"{endpoint}/health")
+
+    async def generate(
+        self, node_id: str, endpoint: str, model: str, kind: str, max_tokens: int, timeout_s: float = 60.0
+    ) -> Generation:
+        """Generate up to `max_tokens` tokens (or embed a short text) and say how long that took."""
+        body: dict[str, Any]
+        if kind == "embedding":
+            path, body = "/v1/embeddings", {"model": model, "input": _PROMPT}
+        elif kind == "completion":
+            path = "/v1/completions"
+            body = {"model": model, "prompt": _PROMPT, "max_tokens": max_tokens, "temperature": 0}
+        else:
+            path = "/v1/chat/completions"
+            body = {
+                "model": model,
+                "messages": [{"role": "user", "content": _PROMPT}],
+                "max_tokens": max_tokens,
+                "temperature": 0,
+            }
+        started = time.monotonic()
+        answer = await self._ask_json(node_id, f"{endpoint}{path}", body, timeout_s)
+        duration_s = time.monotonic() - started
+        try:
+            usage = answer["usage"]
+            tokens = int(usage["prompt_tokens"] if kind == "embedding" else usage["completion_tokens"])
+            has_output = bool(answer["data"] if kind == "embedding" else answer["choices"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unavailable("The engine's answer to a trial generation is not an OpenAI answer.") from error
+        if tokens < 1 or not has_output:
+            raise Unavailable("The engine answered a trial generation without a single token.")
+        return Generation(tokens, duration_s)
+
+    async def read_load(self, node_id: str, endpoint: str) -> EngineLoad | None:
+        """The requests inside the engine, from its metrics; None when its metrics do not tell."""
+        try:
+            page = await self._ask(node_id, "GET", f"{endpoint}/metrics")
+        except Rejected:
+            return None
+        return parse_load(page.decode(errors="replace"))
+
+    async def _ask_json(self, node_id: str, url: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        answer = await self._ask(node_id, "POST", url, body, timeout_s)
+        try:
+            decoded: object = json.loads(answer)
+        except ValueError as error:
+            raise Unavailable("The engine's answer is not JSON.") from error
+        if not isinstance(decoded, dict):
+            raise Unavailable("The engine's answer is not a JSON object.")
+        return cast(dict[str, Any], decoded)
+
+    async def _ask(
+        self, node_id: str, method: str, url: str, body: dict[str, Any] | None = None, timeout_s: float | None = None
+    ) -> bytes:
+        headers = {"authorization": f"Bearer {node_credential(self._secret, node_id)}"}
+        total_s = timeout_s or self._timeout_s
+        timeout = httpx.Timeout(total_s, connect=self._timeout_s)
+        try:
+            # httpx limits the silence between two chunks; a node that sends a byte a second must end too.
+            async with (
+                asyncio.timeout(total_s),
+                self._http.stream(method, url, json=body, headers=headers, timeout=timeout) as response,
+            ):
+                content = bytearray()
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > MAX_ANSWER_BYTES:
+                        raise Unavailable(f"The engine's answer is longer than {MAX_ANSWER_BYTES} bytes.")
+                if response.status_code == 404:
+                    raise Rejected("The engine does not know this path.", status=404, code="unknown_path")
+                if response.status_code != 200:
+                    raise Unavailable(f"The engine answered {response.status_code}.")
+                return bytes(content)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            raise Unavailable(f"The engine did not answer ({type(error).__name__}).") from error
+
+
+def parse_load(page: str) -> EngineLoad | None:
+    """Read the load from a metrics page in Prometheus' text format; None when it has no gauge that we know."""
+    running = waiting = 0.0
+    is_known = False
+    for line in page.splitlines():
+        name, _, rest = line.partition("{" if "{" in line else " ")
+        if name not in RUNNING and name not in WAITING:
+            continue
+        sample = rest.rpartition("}")[2].split() or [""]
+        try:
+            value = float(sample[0])
+        except ValueError:
+            continue
+        if not math.isfinite(value):
+            continue
+        is_known = True
+        if name in RUNNING:
+            running += value
+        else:
+            waiting += value
+    return EngineLoad(round(running), round(waiting)) if is_known else None
