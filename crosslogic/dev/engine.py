@@ -90,8 +90,12 @@ def parameters(order: EngineOrder) -> Any:
 def main() -> None:
     """Serve the order on stdin until SIGTERM."""
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+
+    def end(_number: int, _frame: object) -> None:
+        ended.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
     order = EngineOrder.read(json.load(sys.stdin))
     os.nice(5)  # The machine belongs to the control plane first; a rented node would have its own.
     server = _llama.Server(parameters(order))
