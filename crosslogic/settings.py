@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-DEV_ADMIN_TOKEN = "adm_dev_demo"
+from crosslogic.domain.credentials import DEV_ADMIN_TOKEN
 
 
 class Settings(BaseSettings):

@@ -1,0 +1,1 @@
+"""The command line: `./run COMMAND …`, or `python -m crosslogic.cli COMMAND …`."""

@@ -1,0 +1,113 @@
+"""Models, regions and deployments."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from crosslogic.cli.session import Session, command
+
+deployments = typer.Typer(no_args_is_help=True)
+
+MODEL_COLUMNS = ("name", "aliases", "kind", "context_tokens", "input", "output")
+REGION_COLUMNS = ("name", "title", "multiplier", "aliases", "fallback")
+DEPLOYMENT_COLUMNS = ("name", "model", "strategy", "replicas")
+
+_TARGET = re.compile(r"([^=]+)=(\d{1,4})(?:\.\.(\d{1,4}))?")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands that have no group."""
+    command(app, "models")(list_models)
+    command(app, "regions")(list_regions)
+
+
+def list_models(session: Session) -> None:
+    """List models with their list prices (USD per 1M tokens)."""
+    rows = session.get("/models")["data"]
+    if not session.is_json:
+        rows = [
+            {**row, "input": _price(row["input_price_e10"]), "output": _price(row["output_price_e10"])} for row in rows
+        ]
+    session.show_table(rows, MODEL_COLUMNS, "There are no models. Run: setup")
+
+
+def list_regions(session: Session) -> None:
+    """List regions."""
+    rows = session.get("/regions")["data"]
+    if not session.is_json:
+        rows = [{**row, "multiplier": f"{row['multiplier_bp'] / 10_000:g}×"} for row in rows]
+    session.show_table(rows, REGION_COLUMNS, "There are no regions. Run: setup")
+
+
+@command(deployments, "list")
+def list_deployments(session: Session) -> None:
+    """List deployments."""
+    rows = session.get("/deployments")["data"]
+    session.show_table(rows if session.is_json else [_row(row) for row in rows], DEPLOYMENT_COLUMNS, "There are none.")
+
+
+@command(deployments, "set")
+def set_deployment(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    region: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGION=MIN[..MAX]", help="Replicas of a region; repeat it. Others stay as they are."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Needed for a new deployment.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(help="round-robin, least-load, latency-weighted, cost-weighted or prefix-affinity."),
+    ] = None,
+) -> None:
+    """Create a deployment, or change how many replicas it has in a region."""
+    known: dict[str, Any] | None = next(
+        (row for row in session.get("/deployments")["data"] if row["name"] == name), None
+    )
+    if known is None and model is None:
+        raise typer.BadParameter(f"there is no deployment {name} yet; say which model it serves", param_hint="--model")
+    targets: dict[str, dict[str, Any]] = {target["region"]: target for target in known["regions"]} if known else {}
+    names = {alias: row["name"] for row in session.get("/regions")["data"] for alias in (*row["aliases"], row["name"])}
+    for text in region or []:
+        target = _target(text)
+        # An alias must not become a second target of the same region.
+        target["region"] = names.get(target["region"], target["region"])
+        targets[target["region"]] = target
+    body = {
+        "model": model or (known["model"] if known else None),
+        "strategy": strategy,
+        "regions": list(targets.values()),
+    }
+    made = session.send("PUT", f"/deployments/{name}", body)
+    told = "" if made["is_workflow_told"] else "Temporal is away: this takes effect when it is back."
+    session.show(made if session.is_json else _row(made), note=told)
+
+
+def _target(text: str) -> dict[str, Any]:
+    found = _TARGET.fullmatch(text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r}: write REGION=MIN or REGION=MIN..MAX", param_hint="--region")
+    least, most = int(found[2]), int(found[3] or found[2])
+    return {"region": found[1], "replicas_min": least, "replicas_max": most}
+
+
+def _row(deployment: dict[str, Any]) -> dict[str, Any]:
+    replicas = [
+        f"{target['region']}={target['replicas_min']}"
+        + (f"..{target['replicas_max']}" if target["replicas_max"] != target["replicas_min"] else "")
+        for target in deployment["regions"]
+    ]
+    return {
+        "name": deployment["name"],
+        "model": deployment["model"],
+        "strategy": deployment["strategy"],
+        "replicas": replicas,
+    }
+
+
+def _price(price_e10: int | None) -> str | None:
+    """USD per 1M tokens of a price in 10⁻¹⁰ USD a token."""
+    return None if price_e10 is None else f"{price_e10 // 10_000}.{price_e10 % 10_000:04d}"

@@ -1,0 +1,32 @@
+"""All commands, in their groups."""
+
+from __future__ import annotations
+
+import typer
+
+from crosslogic.cli import catalog, nodes, records, setup, tenancy
+from crosslogic.cli.session import connection_defaults
+
+app = typer.Typer(
+    name="crosslogic",
+    help="Administer CrossLogic Inference Cloud through its admin API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.callback()(connection_defaults)
+app.add_typer(tenancy.orgs, name="orgs", help="Orgs: who owns and pays.")
+app.add_typer(tenancy.environments, name="environments", help="Environments: dev, staging and prod of an org.")
+app.add_typer(tenancy.keys, name="keys", help="Keys: what clients send.")
+app.add_typer(tenancy.limits, name="limits", help="Limits of orgs, environments, keys and of everybody.")
+app.add_typer(nodes.app, name="nodes", help="Nodes: what serves, and what is on its way.")
+app.add_typer(catalog.deployments, name="deployments", help="Deployments: how many replicas of a model, and where.")
+app.add_typer(records.audit, name="audit", help="The audit log.")
+catalog.register(app)
+records.register(app)
+setup.register(app)
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    app(prog_name="./run")

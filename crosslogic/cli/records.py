@@ -1,0 +1,67 @@
+"""What was used and what was done: usage and the audit log."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from crosslogic.cli.session import Session, command, fail
+from crosslogic.cli.tenancy import Most, OptionalOrg
+
+audit = typer.Typer(no_args_is_help=True)
+
+SUMS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
+DIMENSIONS = ("day", "org", "environment", "model")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands that have no group."""
+    command(app, "usage")(show_usage)
+
+
+def show_usage(
+    session: Session,
+    by: Annotated[list[str] | None, typer.Option(help="org, environment, model or day; repeat it.")] = None,
+    org: OptionalOrg = None,
+    start: Annotated[
+        str | None, typer.Option(help="Such as 2026-11-01T00:00:00Z. Left out: this month's start.")
+    ] = None,
+    end: Annotated[str | None, typer.Option(help="Not included. Left out: now.")] = None,
+) -> None:
+    """Sum requests and tokens; by org, environment and model if nothing is said."""
+    asked = by or ["org", "environment", "model"]
+    usage = session.get("/usage", by=asked, org=org, start=start, end=end)
+    if session.is_json:
+        session.show(usage)
+    else:
+        columns = (*(name for name in DIMENSIONS if name in asked), *SUMS)
+        session.show_table(usage["data"], columns, f"Nothing was used from {usage['start']} to {usage['end']}.")
+
+
+@command(audit, "list")
+def list_entries(
+    session: Session,
+    subject: Annotated[str | None, typer.Option(help="Only what was done to this id or name.")] = None,
+    limit: Most = 50,
+) -> None:
+    """List what was changed, newest first."""
+    rows = session.get_all("/audit", limit, subject=subject)
+    session.show_table(rows, ("seq", "at", "actor", "action", "subject", "details"), "Nothing was changed yet.")
+
+
+@command(audit, "verify")
+def verify(
+    session: Session,
+    head: Annotated[str | None, typer.Option(help="A head printed earlier, which must be in the log.")] = None,
+) -> None:
+    """Prove that no record was altered or removed; exit code 1 if one was."""
+    verdict = session.get("/audit/verify", head=head)
+    session.say(
+        verdict,
+        f"The audit log is intact: {verdict['records']} records, head {verdict['head']}"
+        if verdict["is_intact"]
+        else f"The audit log is NOT intact after record {verdict['records']}.",
+    )
+    if not verdict["is_intact"]:
+        fail(f"{verdict['problem']}. Compare the table audit_log with a backup from before.")
