@@ -49,6 +49,7 @@ CHECKS = (
     Check("lint", "ruff: format and rules", (("ruff", "format", "--check"), ("ruff", "check"))),
     Check("types", "pyright, strict", (("pyright", "--warnings"),)),
     Check("imports", "import-linter: who may import whom (.importlinter)", (("lint-imports", "--no-logo"),)),
+    Check("reference", "write the generated pages of docs/reference", (("python", "-m", "crosslogic.dev.reference"),)),
 )
 
 
