@@ -67,6 +67,7 @@ class NodeLifecycleInput:
     is_admitted: bool = True  # False: the node is joined; the workflow admits it first.
     is_draining: bool = False  # Drain it at once; crosses continue-as-new.
     drain_reason: str = ""
+    is_orphan: bool = False  # The workflow that was bringing it up is gone: undo the node, whatever there is of it.
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
+from crosslogic.domain.deployment import Replica
 from crosslogic.domain.errors import InvariantViolated, Rejected
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, Node, NodeEvent, NodeState, RouteEntry, advance, sources_of
@@ -32,12 +33,20 @@ class NodeStore:
           AND ($4::uuid IS NULL OR id < $4)
         ORDER BY id DESC LIMIT $5
     """
+    SELECT_OF_DEPLOYMENT = """
+        SELECT id, region, state, tombstoned_at IS NOT NULL AS is_tombstoned,
+               coalesce(extract(epoch FROM now() - ended_at), 0)::float8 AS ended_for_s
+        FROM nodes
+        WHERE deployment = $1 AND (ended_at IS NULL OR ended_at > now() - make_interval(secs => $2))
+        ORDER BY created_at DESC, id DESC
+    """
     SELECT_ALIVE_IN_REGION = "SELECT * FROM nodes WHERE ended_at IS NULL AND region = $1 ORDER BY created_at, id"
     ADVANCE = """
         UPDATE nodes
         SET state = $3, generation = generation + 1, changed_at = now(),
             reason = $4, endpoint = coalesce($5, endpoint),
             capacity_tokens_per_s = coalesce($6, capacity_tokens_per_s),
+            workflow_id = coalesce($8, workflow_id),
             ready_at = CASE WHEN $3 = 'ready' THEN now() ELSE ready_at END,
             ended_at = CASE WHEN $3 IN ('terminated', 'failed', 'lost') THEN now() ELSE ended_at END
         WHERE id = $1 AND state = ANY($2::text[]) AND (tombstoned_at IS NULL OR NOT $7)
@@ -50,10 +59,6 @@ class NodeStore:
         ON CONFLICT (id) DO UPDATE
         SET tombstoned_at = now(), generation = n.generation + 1, changed_at = now(), reason = $12
         WHERE n.tombstoned_at IS NULL
-    """
-    HAND_OVER = """
-        UPDATE nodes SET workflow_id = $2, generation = generation + 1, changed_at = now()
-        WHERE id = $1 AND workflow_id <> $2
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -120,6 +125,15 @@ class NodeStore:
         rows = await self._pool.fetch(self.SELECT_PAGE, list(states), region, model, before, limit)
         return [_node(row) for row in rows]
 
+    async def list_replicas(self, deployment: str, ended_within_s: float) -> list[Replica]:
+        """A deployment's nodes, newest first: those that have not ended, and recent ends."""
+        return [
+            Replica(
+                NODE.show(row["id"]), row["region"], NodeState(row["state"]), row["is_tombstoned"], row["ended_for_s"]
+            )
+            for row in await self._pool.fetch(self.SELECT_OF_DEPLOYMENT, deployment, ended_within_s)
+        ]
+
     async def route_entries(self) -> list[RouteEntry]:
         """What the API must know of every node that has not ended."""
         return [node.route_entry for node in await self.list_alive()]
@@ -132,6 +146,7 @@ class NodeStore:
         *,
         endpoint: str | None = None,
         capacity_tokens_per_s: int | None = None,
+        workflow_id: str | None = None,
     ) -> Node:
         """Move the node along `TRANSITIONS`. Finding it there already is success, so a repeat changes nothing.
 
@@ -141,7 +156,15 @@ class NodeStore:
         sources = sources_of(event)
         target = advance(sources[0], event)
         row = await self._pool.fetchrow(
-            self.ADVANCE, node_id, sources, target, reason, endpoint, capacity_tokens_per_s, event not in LEADING_OUT
+            self.ADVANCE,
+            node_id,
+            sources,
+            target,
+            reason,
+            endpoint,
+            capacity_tokens_per_s,
+            event not in LEADING_OUT,
+            workflow_id,
         )
         if row is not None:
             return _node(row)
@@ -159,11 +182,6 @@ class NodeStore:
         """
         await self._pool.execute(self.TOMBSTONE, *_columns(intent), reason)
         return await self.get(intent.id)
-
-    async def hand_over(self, node_id: UUID, workflow_id: str) -> Node:
-        """Make another workflow responsible for the node."""
-        await self._pool.execute(self.HAND_OVER, node_id, workflow_id)
-        return await self.get(node_id)
 
 
 # What a tombstoned node may still do.

@@ -1,0 +1,269 @@
+"""Entity, one per node: watches over it while it serves, and retires it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from temporalio import workflow
+from temporalio.exceptions import ActivityError, is_cancelled_exception
+
+from activities.cloud import CloudActivities
+from activities.nodes import NodeActivities
+from activities.probes import ProbeActivities
+from crosslogic.contracts.names import DRAIN, LOOK_AGAIN, NODE_LIFECYCLE, STATE, node_workflow_id
+from crosslogic.contracts.node import (
+    NodeAdmission,
+    NodeChange,
+    NodeEnding,
+    NodeLifecycleInput,
+    NodeLifecycleResult,
+    NodeLook,
+    NodeSpec,
+)
+from crosslogic.domain.health import Verdict
+from crosslogic.domain.node import NodeState
+from workflows.steps import (
+    QUICK,
+    Story,
+    endless,
+    explain,
+    is_history_long,
+    lasting,
+    make_findable,
+    nudge_deployment,
+    refusal,
+    unstoppable,
+)
+
+# FleetHealth nudges at any change; this is for the nudge that never came.
+SAFETY_LOOK = timedelta(minutes=5)
+# A node that is joined is up already: these are for its first answer and its first generation.
+JOIN_TIMEOUT_S = 600.0
+
+
+@workflow.defn(name=NODE_LIFECYCLE)
+class NodeLifecycle:
+    """Take care of one node: look at it when something seems wrong, drain it, end it, replace it.
+
+    `NodeProvisioning` starts it. To join a node that exists already (its engine runs at an endpoint of yours), start it
+    with the workflow id `node/<node_id>` and one JSON object:
+
+    ```json
+    {"spec": {"node_id": "node_01k5h2v9q3f4tbz7x8m6n0c1de", "model": "llama-7b", "region": "in-mumbai",
+              "endpoint": "https://gpu-7.example.com:8443"}, "is_admitted": false}
+    ```
+
+    Send the signal `drain` (with a reason, if you like) to retire the node: no new requests, running ones end or reach
+    the drain deadline, then the machine is ended. Cancelling does the same with a deadline of 0.
+    """
+
+    def __init__(self) -> None:
+        self._state = NodeState.READY
+        self._drain_reason: str | None = None
+        self._is_cancelled = False
+        # The first thing to do is to look: a nudge may have come before this run.
+        self._is_nudged = True
+        self._silent_since: datetime | None = None
+        self._failed_polls = 0
+        self._story = Story("Taking care of a node")
+
+    @workflow.signal(name=DRAIN)
+    def drain(self, reason: str = "") -> None:
+        """Retire the node. Repeating it changes nothing."""
+        self._drain_reason = self._drain_reason or reason or "drained by an operator"
+
+    @workflow.signal(name=LOOK_AGAIN)
+    def look_again(self) -> None:
+        """Something may have changed: look at the node now."""
+        self._is_nudged = True
+
+    @workflow.query(name=STATE)
+    def state(self) -> str:
+        """The node's state as this workflow knows it."""
+        return self._state
+
+    def _cancel(self) -> None:
+        self._is_cancelled = True
+        self._drain_reason = self._drain_reason or "the workflow was cancelled"
+
+    @workflow.run
+    async def run(self, input: NodeLifecycleInput) -> NodeLifecycleResult:
+        """Run until the node has ended. Raises ApplicationError when a node that is joined cannot be admitted."""
+        spec = input.spec
+        if workflow.info().workflow_id != node_workflow_id(spec.node_id):
+            raise refusal(
+                f"The workflow of node {spec.node_id} must have the id {node_workflow_id(spec.node_id)!r}, so that a "
+                "node has one at most; start it again under that id.",
+                "BadWorkflowId",
+            )
+        self._story = Story(f"Node `{spec.node_id}`: {spec.model} in {spec.region}")
+        if input.is_draining:
+            self._drain_reason = self._drain_reason or input.drain_reason or "drained"
+        if not input.is_admitted:
+            spec = await self._join(spec)
+        make_findable(
+            region=spec.region, model=spec.model, deployment=spec.deployment, node=spec.node_id, state=self._state
+        )
+        if input.is_orphan:
+            end, reason = NodeState.FAILED, input.drain_reason or "the workflow that was starting it is gone"
+        else:
+            end, reason = await self._watch(spec)
+        await unstoppable(self._retire(spec, end, reason), self._cancel)
+        if self._is_cancelled:
+            raise asyncio.CancelledError(reason)
+        return NodeLifecycleResult(spec.node_id, end, reason)
+
+    async def _watch(self, spec: NodeSpec) -> tuple[NodeState, str]:
+        """Look whenever there is a reason to, until the node must end; how and why."""
+        self._story.tell("the node serves")
+        pause = SAFETY_LOOK
+        try:
+            while self._drain_reason is None:
+                if self._is_nudged:
+                    self._is_nudged = False
+                    verdict, reason, pause = await self._look(spec)
+                    if verdict is Verdict.LOST:
+                        return NodeState.LOST, reason
+                    if verdict is Verdict.BROKEN:
+                        return NodeState.FAILED, reason
+                    if is_history_long() and self._drain_reason is None:
+                        # The next run looks first, so that no nudge is lost; a drain that came meanwhile makes the
+                        # server give this task back with it.
+                        workflow.continue_as_new(NodeLifecycleInput(spec))
+                try:
+                    await workflow.wait_condition(
+                        lambda: self._is_nudged or self._drain_reason is not None,
+                        timeout=pause,
+                        timeout_summary="Look again even without a nudge",
+                    )
+                except TimeoutError:
+                    self._is_nudged = True
+        except (asyncio.CancelledError, ActivityError) as error:
+            if not is_cancelled_exception(error):
+                raise
+            self._cancel()
+        return NodeState.TERMINATED, self._drain_reason or "drained"
+
+    async def _look(self, spec: NodeSpec) -> tuple[Verdict, str, timedelta]:
+        now = workflow.now()
+        silent_for_s = (now - self._silent_since).total_seconds() if self._silent_since else 0.0
+        reading = await workflow.execute_activity_method(
+            ProbeActivities.look_at_node,
+            NodeLook(spec, silent_for_s, self._failed_polls),
+            **QUICK,
+            summary="Poll the engine and ask the cloud",
+        )
+        verdict = Verdict(reading.verdict)
+        if verdict is Verdict.HEALTHY:
+            if self._silent_since is not None:
+                self._story.tell("the node serves again")
+            self._silent_since, self._failed_polls = None, 0
+            return verdict, reading.reason, SAFETY_LOOK
+        self._silent_since = self._silent_since or now
+        self._failed_polls += 1
+        self._story.tell(f"{verdict}: {reading.reason}")
+        return verdict, reading.reason, timedelta(seconds=max(0.2, reading.look_again_s))
+
+    async def _retire(self, spec: NodeSpec, end: NodeState, reason: str) -> None:
+        """Out of routing, empty, tombstoned, ended, written down. A dead node is not waited for."""
+        self._state = NodeState.DRAINING
+        make_findable(state=NodeState.DRAINING)
+        self._story.tell(f"leaving routing: {reason}")
+        await workflow.execute_activity_method(
+            NodeActivities.begin_drain, NodeChange(spec, reason), **QUICK, summary="Take the node out of routing"
+        )
+        # A draining node is no replica any more: its replacement starts now.
+        await nudge_deployment(spec)
+        if end is NodeState.TERMINATED and not self._is_cancelled and spec.drain_timeout_s > 0:
+            self._story.tell(f"waiting for running requests to end (up to {spec.drain_timeout_s} s): {reason}")
+            await self._await_drained(spec)
+        await self._end(spec, end, reason)
+        await nudge_deployment(spec)
+
+    async def _await_drained(self, spec: NodeSpec) -> None:
+        waiting = asyncio.ensure_future(
+            workflow.execute_activity_method(
+                ProbeActivities.await_drained,
+                spec,
+                # The activity keeps the deadline itself; the margin is for a worker that died at the last moment.
+                **lasting(spec.drain_timeout_s + 30),
+                summary="Wait until running requests have ended",
+            )
+        )
+        await workflow.wait_condition(lambda: waiting.done() or self._is_cancelled)
+        if not waiting.done():
+            waiting.cancel()
+            return
+        try:
+            self._story.tell(f"drained: {waiting.result()}")
+        except ActivityError as error:
+            self._story.tell(f"drained without knowing whether it is empty: {explain(error)}")
+
+    async def _end(self, spec: NodeSpec, end: NodeState, reason: str) -> None:
+        await workflow.execute_activity_method(
+            NodeActivities.tombstone_node, NodeChange(spec, reason), **QUICK, summary="Tombstone: never launch or admit"
+        )
+        self._story.tell(f"ending the machine and waiting for the cloud to confirm it ({reason})")
+        await workflow.execute_activity_method(
+            CloudActivities.end_machine, spec, **endless(120), summary="End the machine, confirm it is gone"
+        )
+        await workflow.execute_activity_method(
+            NodeActivities.end_node, NodeEnding(spec, end, reason), **QUICK, summary="Write down the end"
+        )
+        self._state = end
+        make_findable(state=end)
+        self._story.tell(f"{end}: {reason}")
+
+    async def _join(self, asked: NodeSpec) -> NodeSpec:
+        """Intend, verify and admit a node that exists already. Raises ApplicationError when it cannot be admitted."""
+        self._state = NodeState.REQUESTED
+        self._story.tell("reading the order")
+        try:
+            spec = await unstoppable(self._write_down(asked), self._cancel)
+        except ActivityError as error:
+            raise refusal(f"Node {asked.node_id} was not joined: {explain(error)}", "BadOrder") from error
+        work = asyncio.create_task(self._verify(spec))
+        try:
+            await workflow.wait_condition(lambda: work.done() or self._drain_reason is not None)
+        except asyncio.CancelledError:
+            self._cancel()
+        failure = work.exception() if work.done() else None
+        if work.done() and failure is None:
+            capacity = work.result()
+            await unstoppable(self._admit(spec, capacity), self._cancel)
+            self._state = NodeState.READY
+            return spec
+        work.cancel()
+        end = NodeState.TERMINATED if self._drain_reason else NodeState.FAILED
+        reason = self._drain_reason or (explain(failure) if failure else "it stopped")
+        await unstoppable(self._end(spec, end, reason), self._cancel)
+        if self._is_cancelled:
+            raise asyncio.CancelledError(reason)
+        raise refusal(f"Node {spec.node_id} was not joined: {reason}", "JoinFailed") from failure
+
+    async def _write_down(self, asked: NodeSpec) -> NodeSpec:
+        return await workflow.execute_activity_method(
+            NodeActivities.join_node, asked, **QUICK, summary="Write the node down"
+        )
+
+    async def _verify(self, spec: NodeSpec) -> int:
+        self._state = NodeState.BOOTING
+        self._story.tell(f"waiting for the engine at your endpoint to answer (up to {JOIN_TIMEOUT_S:.0f} s)")
+        await workflow.execute_activity_method(
+            ProbeActivities.await_engine, spec, **lasting(JOIN_TIMEOUT_S), summary="Wait for the engine"
+        )
+        self._state = NodeState.LOADING
+        self._story.tell("trying a generation")
+        return await workflow.execute_activity_method(
+            ProbeActivities.warm_engine, spec, **lasting(JOIN_TIMEOUT_S), summary="Generate and measure"
+        )
+
+    async def _admit(self, spec: NodeSpec, capacity: int) -> None:
+        await workflow.execute_activity_method(
+            NodeActivities.admit_node,
+            NodeAdmission(replace(spec), capacity, workflow.info().workflow_id),
+            **QUICK,
+            summary="Admit the node to routing",
+        )
