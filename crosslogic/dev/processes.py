@@ -80,6 +80,16 @@ def end(processes: dict[ProcessId, int], grace_s: float) -> list[ProcessId]:
     return left
 
 
+def command_of(pid: int) -> str:
+    """A process's command line, for people and for telling what it is; empty if it is gone or not ours to see."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            return ""
+    return subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+
+
 def _started(pid: int) -> str | None:
     """A text that is the same for as long as the process lives and different for any later one with its pid."""
     if sys.platform == "linux":

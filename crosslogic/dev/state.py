@@ -144,11 +144,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one step, readable by its owner only."""
+    write_private(path, json.dumps(content, indent=1))
+
+
+def write_private(path: Path, text: str) -> None:
     """Replace a file in one step, readable by its owner only: these files hold passwords and addresses."""
     temporary = path.with_name(path.name + _TEMPORARY)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file, indent=1)
+        file.write(text)
     temporary.replace(path)
 
 
