@@ -44,18 +44,25 @@ class Call:
         """The most this call can cost: the prompt, and for each choice the longest completion."""
         if self.kind == "embedding":
             return self.estimated_prompt_tokens
-        return self.estimated_prompt_tokens + self.choices * (self.max_tokens or model.default_max_tokens)
+        return self.estimated_prompt_tokens + self.choices * self.completion_limit(model)
+
+    def completion_limit(self, model: Model) -> int:
+        """The longest completion of one choice, in tokens."""
+        return self.max_tokens or model.default_max_tokens
 
     def engine_body(self, model: Model) -> bytes:
         """The body for the engine: the client's, with our name of the model, a length limit and usage asked for."""
         body = self.body
         body["model"] = model.name
         if self.kind != "embedding":
-            if self.max_tokens is None:
-                body["max_tokens"] = model.default_max_tokens
+            # Always under this name: not every engine knows `max_completion_tokens`.
+            body["max_tokens"] = self.completion_limit(model)
             if self.is_streamed and not self.wants_usage_chunk:
                 body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-        return _encode(body)
+        try:
+            return _encode(body)
+        except (RecursionError, UnicodeEncodeError) as error:
+            raise Rejected("The body is nested too deeply, or holds half a character.", code="invalid_json") from error
 
 
 def check_fit(call: Call, model: Model) -> None:
@@ -99,6 +106,8 @@ def read_call(path: str, raw: bytes, query: bytes, region_header: str) -> Call:
         wants_usage_chunk = _flag(cast("dict[str, Any]", stream_options), "include_usage")
     limits = [_count(body, field, 1, 10_000_000) for field in ("max_completion_tokens", "max_tokens")]
     choices = max(_count(body, "n", 1, MOST_CHOICES) or 1, _count(body, "best_of", 1, MOST_CHOICES) or 1)
+    if kind == "completion":
+        choices *= _prompts(body["prompt"])
     return Call(
         kind=kind,
         path=path,
@@ -165,6 +174,11 @@ def _check_input(kind: str, value: Any) -> None:
                 raise _wrong(f"messages[{index}].role", "must be a string such as user")
     elif not isinstance(value, str | list) or not value:
         raise _wrong(_REQUIRED[kind], "must be a text or a list that is not empty")
+
+
+def _prompts(prompt: Any) -> int:
+    """How many prompts one completion call has: a list of texts or of token lists is answered one by one."""
+    return len(cast("list[Any]", prompt)) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
 def _flag(body: Mapping[str, Any], field: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from enum import StrEnum
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -96,8 +97,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by the loop."""
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # uvloop's transports do not derive from asyncio's.
+        self.transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the loop: whatever still waits fails."""
@@ -106,6 +107,12 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
+        if self._is_complete:
+            # Nobody asked for this: whatever it is, it must not become the next request's answer.
+            self.is_closed = True
+            if self.transport is not None:
+                self.transport.abort()
+            return
         if not self.has_headers:
             self._received += len(data)
             if self._received > LONGEST_HEADERS_BYTES + HIGH_WATER_BYTES:
@@ -114,6 +121,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
+            self.is_closed = True
             self.fail(NodeFailure(FailureKind.GARBAGE, str(error), is_fresh=self.is_fresh))
             return
         if self._buffered > HIGH_WATER_BYTES and not self._is_paused and self.transport is not None:
@@ -123,6 +131,11 @@ class Connection(asyncio.Protocol):
             self._wake()
 
     # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        if self._is_complete:
+            raise ValueError("a second answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
@@ -191,9 +204,9 @@ class Connection(asyncio.Protocol):
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     @property
-    def is_complete(self) -> bool:
-        """Has the whole answer arrived?"""
-        return self._is_complete
+    def is_reusable(self) -> bool:
+        """Has the whole answer arrived and been read, and does the engine keep the connection?"""
+        return self._is_complete and not self.is_closed and not self._is_paused
 
     def _expire(self, late: FailureKind) -> None:
         self.fail(NodeFailure(late, "deadline", is_fresh=True))
@@ -206,7 +219,7 @@ class Connection(asyncio.Protocol):
 class Upstream:
     """One node's engine: its address, credential and idle connections."""
 
-    __slots__ = ("_head", "_host", "_idle", "_loop", "_port", "_tls")
+    __slots__ = ("_head", "_host", "_idle", "_is_closed", "_loop", "_port", "_tls")
 
     def __init__(self, endpoint: str, credential: str, tls: ssl.SSLContext | None) -> None:
         parts = urlsplit(endpoint)
@@ -215,6 +228,7 @@ class Upstream:
         self._tls = tls if parts.scheme == "https" else None
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._idle: list[Connection] = []
+        self._is_closed = False
         self._head = (
             f"Host: {parts.netloc}\r\nAuthorization: Bearer {credential}\r\n"
             "Content-Type: application/json\r\nAccept-Encoding: identity\r\n"
@@ -256,14 +270,15 @@ class Upstream:
 
     def release(self, connection: Connection) -> None:
         """Give a connection back: kept when its answer is complete, closed otherwise."""
-        if connection.is_complete and not connection.is_closed and len(self._idle) < IDLE_CONNECTIONS:
+        if connection.is_reusable and not self._is_closed and len(self._idle) < IDLE_CONNECTIONS:
             self._idle.append(connection)
         elif connection.transport is not None:
             connection.is_closed = True
             connection.transport.abort()
 
     def close(self) -> None:
-        """Close the idle connections."""
+        """Close the idle connections; those in use are closed when they are given back."""
+        self._is_closed = True
         for connection in self._idle:
             if connection.transport is not None:
                 connection.transport.abort()
