@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from api import admin, errors
+from api import admin, error_handlers
 from api.admin.context import AdminContext
 from api.feeds import Feeds
 from api.inference import metering, openapi
@@ -80,7 +80,7 @@ def create_app(settings: Settings) -> CrossLogicAPI:
         docs_url=None,
         redoc_url=None,
     )
-    errors.install(app)
+    error_handlers.install(app)
     app.include_router(admin.router)
     _add_operations(app, settings)
     return app
@@ -158,7 +158,6 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncIterator[Non
                     pass
         usage_log.close()
         table.close()
-        pipeline.close()
         await redis.aclose()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
