@@ -12,12 +12,11 @@ from api.admin.catalog import resolve_model
 from api.admin.context import ACTOR, Admin, AdminRoute
 from api.admin.schemas import After, Body, Label, Limit, Page, after_uuid, page
 from crosslogic.contracts import names
-from crosslogic.contracts.node import NodeLifecycleInput, NodeProvisioningInput, NodeSpec
+from crosslogic.contracts.node import JOINED, NodeLifecycleInput, NodeProvisioningInput, NodeSpec
 from crosslogic.domain import ids
-from crosslogic.domain.catalog import Catalog
 from crosslogic.domain.credentials import node_credential
-from crosslogic.domain.errors import Unavailable
-from crosslogic.domain.node import FINAL_STATES, Node, NodeState, check_endpoint, cluster_name
+from crosslogic.domain.errors import Rejected, Unavailable
+from crosslogic.domain.node import FINAL_STATES, Node, NodeState, check_endpoint
 from crosslogic.new_ids import new_id
 
 router = APIRouter(route_class=AdminRoute)
@@ -29,9 +28,6 @@ NewNodeId = Annotated[
     str | None,
     Field(max_length=64, description="Left out: a new id. Give one of your own making to be able to repeat the call."),
 ]
-
-# The provider of a node that no cloud stands behind.
-JOINED = "joined"
 
 
 class NodeOut(BaseModel):
@@ -162,27 +158,24 @@ async def start_node(body: NodeIn, admin: Admin) -> StartedOut:
 
 @router.post("/nodes/join", status_code=202)
 async def join_node(body: JoinIn, admin: Admin) -> JoinedOut:
-    """Put an engine that is running somewhere into service, through a `NodeLifecycle` without a cloud behind it."""
+    """Put an engine that is running somewhere into service, through a `NodeLifecycle` without a cloud behind it.
+
+    An endpoint that serves this model in this region already is answered with the node that it is.
+    """
     endpoint = check_endpoint(body.endpoint, is_loopback_allowed=admin.settings.is_dev)
     catalog = await admin.catalog.load()
     model, region = resolve_model(catalog, body.model), catalog.regions.resolve(body.region)
     node_id = _node_id(body.node_id)
-    workflow_id = names.node_workflow_id(node_id)
-    spec = NodeSpec(
-        node_id=node_id,
-        model=model.name,
-        region=region,
-        deployment=_deployment_of(catalog, model.name, region),
-        provider=JOINED,
-        gpu="",
-        spot=False,
-        cluster=cluster_name(JOINED, region, "own", False, node_id),
-        is_pinned=True,
-        workflow_id=workflow_id,
-        drain_timeout_s=body.drain_timeout_s,
-        endpoint=endpoint,
-        kind=model.kind,
-    )
+    for other in await admin.nodes.list_alive():
+        if other.endpoint == endpoint and other.node_id != node_id:
+            if body.node_id is not None or (other.model, other.region, other.provider) != (model.name, region, JOINED):
+                raise Rejected(
+                    f"That endpoint is node {other.node_id} ({other.model} in {other.region}). Drain it first.",
+                    status=409,
+                    code="endpoint_taken",
+                    param="endpoint",
+                )
+            return _show_joined(admin, other.node_id)
     await admin.workflows.temporal()
     await admin.audit.record(
         actor=ACTOR,
@@ -190,22 +183,22 @@ async def join_node(body: JoinIn, admin: Admin) -> JoinedOut:
         subject=node_id,
         details={"model": model.name, "region": region, "endpoint": endpoint},
     )
+    # The workflow itself finds out the rest: the deployment that the node counts for, and the machine's name.
+    spec = NodeSpec(
+        node_id=node_id, model=model.name, region=region, endpoint=endpoint, drain_timeout_s=body.drain_timeout_s
+    )
     await admin.workflows.start(
         names.NODE_LIFECYCLE,
         NodeLifecycleInput(spec=spec, is_admitted=False),
-        workflow_id=workflow_id,
+        workflow_id=names.node_workflow_id(node_id),
         task_queue=admin.settings.fleet_task_queue,
     )
-    secret = admin.settings.node_secret
-    assert secret is not None, "settings without a node secret are not valid"
-    return JoinedOut(
-        node_id=node_id, workflow_id=workflow_id, credential=node_credential(secret.get_secret_value(), node_id)
-    )
+    return _show_joined(admin, node_id)
 
 
 @router.post("/nodes/{node_id}/drain", status_code=202)
 async def drain_node(node_id: NodePath, admin: Admin, body: DrainIn | None = None) -> NodeOut:
-    """No new requests; running ones end, or reach the node's deadline, then it is terminated. Repeating it changes nothing."""
+    """No new requests; running ones end, or reach the node's deadline; then it is terminated. May be repeated."""
     reason = (body or DrainIn()).reason
     node = await admin.nodes.get(ids.NODE.parse(node_id))
     if node.state in FINAL_STATES:
@@ -228,15 +221,26 @@ async def drain_node(node_id: NodePath, admin: Admin, body: DrainIn | None = Non
 
 
 def _node_id(given: str | None) -> str:
-    return ids.NODE.show(new_id() if given is None else ids.NODE.parse(given))
+    if given is None:
+        return ids.NODE.show(new_id())
+    uuid = ids.NODE.parse(given)
+    if uuid.version != 7:
+        raise Rejected(
+            f"{given} is not made as node ids are (a UUIDv7). Leave it out, and a new one is made.",
+            code="invalid_id",
+            param="node_id",
+        )
+    return ids.NODE.show(uuid)
 
 
-def _deployment_of(catalog: Catalog, model: str, region: str) -> str:
-    """The deployment that promises this model there, which the node then counts for; empty if there is none."""
-    for deployment in catalog.deployments.values():
-        if deployment.model == model and any(target.region == region for target in deployment.regions):
-            return deployment.name
-    return ""
+def _show_joined(admin: Admin, node_id: str) -> JoinedOut:
+    secret = admin.settings.node_secret
+    assert secret is not None, "settings without a node secret are not valid"
+    return JoinedOut(
+        node_id=node_id,
+        workflow_id=names.node_workflow_id(node_id),
+        credential=node_credential(secret.get_secret_value(), node_id),
+    )
 
 
 def _show_node(node: Node) -> NodeOut:

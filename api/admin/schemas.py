@@ -42,7 +42,7 @@ Limit = Annotated[int, Query(ge=1, le=200, description="Most items of one page."
 After = Annotated[str | None, Query(max_length=64, description="`next_after` of the page before.")]
 
 # Printable and of one line: it is shown in tables and logged.
-Label = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*$")]
+Label = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 def _in_range(at: datetime) -> datetime:
