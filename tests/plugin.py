@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import cast
 
 import pytest
 
@@ -23,7 +24,8 @@ class SkipLaw:
         self.refused: list[str] = []
 
     def _note(self, nodeid: str, longrepr: object) -> None:
-        reason = str(longrepr[2]) if isinstance(longrepr, tuple) else str(longrepr)
+        # pytest gives the reason alone, or (file, line, reason).
+        reason = str(cast("tuple[str, int, str]", longrepr)[2] if isinstance(longrepr, tuple) else longrepr)
         if not any(re.search(accepted, reason) for accepted in ACCEPTED_SKIPS):
             self.refused.append(f"{nodeid}: {reason}")
 
