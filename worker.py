@@ -1,0 +1,257 @@
+"""The fleet worker: `python worker.py`. Joins clients, activities and workflows, and keeps the entities running."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import asyncpg
+from pydantic import ValidationError
+from temporalio.client import Client
+from temporalio.worker import Worker
+
+from activities.cloud import Cloud, CloudActivities
+from activities.deployments import DeploymentActivities
+from activities.manners import Manners
+from activities.nodes import NodeActivities, spec_of
+from activities.probes import ProbeActivities
+from crosslogic.clients import temporal
+from crosslogic.clients.engine import EngineClient
+from crosslogic.clients.entities import Entities
+from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
+from crosslogic.domain.health import HealthPolicy
+from crosslogic.hot import connection as hot
+from crosslogic.hot.routes import RouteBoard
+from crosslogic.settings import Settings, settings
+from crosslogic.store import database
+from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.nodes import NodeStore
+from workflows.deployment_scaling import DeploymentScaling
+from workflows.fleet_health import FleetHealth
+from workflows.node_lifecycle import NodeLifecycle
+from workflows.node_provisioning import NodeProvisioning
+
+log = logging.getLogger("crosslogic.worker")
+
+T = TypeVar("T")
+
+WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling)
+
+# After SIGTERM: activities finish or are given back, then the process ends, whatever hangs.
+GRACEFUL_SHUTDOWN = timedelta(seconds=2)
+LONGEST_SHUTDOWN_S = 3.5
+# Entities that were closed, and deployments that are new, are noticed within this.
+KEEP_INTERVAL_S = 30.0
+# Between two attempts to reach what is not there yet, and between two lines that say so.
+RETRY_INTERVAL_S = 0.5
+COMPLAINT_INTERVAL_S = 10.0
+
+
+@dataclass
+class Fleet:
+    """Everything that the fleet's activities hold."""
+
+    nodes: NodeStore
+    catalog: CatalogStore
+    activities: list[Callable[..., Any]]
+    close: Callable[[], Awaitable[None]]
+
+
+def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
+    """Put activities together from their clients."""
+    secret = settings.node_secret
+    engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
+    nodes, catalog = NodeStore(pool), CatalogStore(pool)
+    writer = NodeActivities(
+        nodes,
+        catalog,
+        board,
+        providers=frozenset(clouds),
+        default_provider=settings.cloud_provider,
+        is_loopback_allowed=settings.is_dev,
+    )
+    machines = CloudActivities(clouds, nodes, is_loopback_allowed=settings.is_dev)
+    probes = ProbeActivities(
+        engine,
+        nodes,
+        clouds,
+        board,
+        policy=HealthPolicy(silence_s=settings.silence_s),
+        probe_interval_s=settings.probe_interval_s,
+        cloud_interval_s=settings.cloud_interval_s,
+    )
+    deployments = DeploymentActivities(nodes, catalog, writer)
+    held = (writer, machines, probes, deployments)
+    return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
+
+
+def activities_of(holder: object) -> list[Callable[..., Any]]:
+    """The bound activity methods of an object."""
+    found = (getattr(holder, name) for name in dir(holder) if not name.startswith("_"))
+    return [method for method in found if hasattr(method, "__temporal_activity_definition")]
+
+
+def make_worker(client: Client, task_queue: str, activities: Sequence[Callable[..., Any]]) -> Worker:
+    """The worker as it runs in production and in tests."""
+    return Worker(
+        client,
+        task_queue=task_queue,
+        workflows=WORKFLOWS,
+        activities=activities,
+        interceptors=[Manners()],
+        workflow_runner=temporal.workflow_runner(),
+        # A killed worker's sticky queue would hold its workflows back for 10 s (T5).
+        sticky_queue_schedule_to_start_timeout=timedelta(seconds=1),
+        # Heartbeats go out about once a second; the SDK would hold them back longer.
+        max_heartbeat_throttle_interval=timedelta(seconds=2),
+        default_heartbeat_throttle_interval=timedelta(seconds=2),
+        graceful_shutdown_timeout=GRACEFUL_SHUTDOWN,
+        max_cached_workflows=1_000,
+        max_concurrent_workflow_tasks=50,
+        max_concurrent_activities=500,
+    )
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Work until `stop` is set. Waits for servers that are not there; raises Rejected for what only people can mend."""
+    pool = await _until(stop, "Postgres", lambda: _connect_database(settings))
+    client = await _until(stop, "Temporal", lambda: temporal.connect(settings))
+    if pool is None or client is None:
+        return
+    await _until(stop, "search attributes", lambda: _ensure_search_attributes(client, settings))
+    redis = hot.connect(settings)
+    clouds: dict[str, Cloud] = {}
+    local: LocalCloud | None = None
+    if settings.cloud_provider == "local" or settings.local_cloud_token is not None:
+        clouds["local"] = local = LocalCloud.of(settings)
+    fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
+    keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
+    try:
+        await _work(client, settings, fleet, stop)
+    finally:
+        keeping.cancel()
+        with contextlib.suppress(Exception):
+            await fleet.close()
+            if local is not None:
+                await local.close()
+            await redis.aclose()
+            pool.terminate()
+
+
+async def _work(client: Client, settings: Settings, fleet: Fleet, stop: asyncio.Event) -> None:
+    """Poll the task queue. A worker that fails is replaced by a new one: whatever it was, work must go on."""
+    while not stop.is_set():
+        worker = make_worker(client, settings.fleet_task_queue, fleet.activities)
+        running = asyncio.create_task(worker.run())
+        stopping = asyncio.create_task(stop.wait())
+        log.info("working on task queue %r at %s", settings.fleet_task_queue, settings.temporal_address)
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if stop.is_set():
+            log.info("stopping")
+            try:
+                async with asyncio.timeout(LONGEST_SHUTDOWN_S):
+                    await worker.shutdown()
+                    await running
+            except TimeoutError:
+                log.warning("some activities did not end in time; another worker goes on with them")
+            return
+        log.error("the worker failed and is started again", exc_info=running.exception())
+        await asyncio.sleep(RETRY_INTERVAL_S)
+
+
+async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_s: float = KEEP_INTERVAL_S) -> None:
+    """See to it, again and again, that every region, deployment and node has its workflow."""
+    entities = Entities(client, task_queue)
+    while True:
+        try:
+            catalog = await fleet.catalog.load()
+            await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+            await entities.keep_nodes(
+                await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
+            )
+        except Exception as error:
+            # A server is away, or one of them speaks nonsense: the next round tries again either way.
+            log.warning("the fleet's workflows cannot be looked after now: %s", error)
+            await asyncio.sleep(min(interval_s, 2.0))
+        else:
+            await asyncio.sleep(interval_s)
+
+
+async def _connect_database(settings: Settings) -> asyncpg.Pool:
+    pool = await database.connect(settings)
+    try:
+        await NodeStore(pool).list_alive()
+    except (asyncpg.PostgresError, OSError) as error:
+        pool.terminate()
+        raise Unavailable(f"the schema is not there yet ({error}); run: python -m crosslogic.cli setup") from error
+    return pool
+
+
+async def _ensure_search_attributes(client: Client, settings: Settings) -> bool:
+    try:
+        await temporal.ensure_search_attributes(client, settings.temporal_namespace)
+    except Rejected as error:
+        # Somebody else may have registered them where we may not even ask.
+        log.warning("%s", error.message)
+    return True
+
+
+async def _until(stop: asyncio.Event, what: str, attempt: Callable[[], Awaitable[T]]) -> T | None:
+    """Try until it works; None when `stop` came first. Raises Rejected."""
+    loop = asyncio.get_running_loop()
+    complained_at = float("-inf")
+    while not stop.is_set():
+        try:
+            return await attempt()
+        except Unavailable as error:
+            if loop.time() - complained_at >= COMPLAINT_INTERVAL_S:
+                log.warning("waiting for %s: %s", what, error.message)
+                complained_at = loop.time()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), RETRY_INTERVAL_S)
+    return None
+
+
+async def _main() -> int:
+    try:
+        configured = settings()
+    except ValidationError as error:
+        sys.stderr.write(f"The settings cannot be used:\n{error}\n")
+        return 2
+    logging.basicConfig(
+        level=configured.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await run(configured, stop)
+    except CrossLogicError as error:
+        log.error("%s", error.message)
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Run until SIGTERM, then end at once: a process that used Temporal may crash while its interpreter ends."""
+    code = asyncio.run(_main())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
