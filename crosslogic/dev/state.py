@@ -106,6 +106,12 @@ class State:
         found = {name: ProcessId.read(process) for name, process in stored.items()}
         return {name: process for name, process in found.items() if process}
 
+    def record(self, part: str, process: ProcessId | None) -> None:
+        """Note a part's process, for whoever comes after a kill."""
+        stored = self.read("stack.json")
+        stored.setdefault("parts", {})[part] = process.write() if process else None
+        self.write("stack.json", stored)
+
     def engines(self) -> dict[str, ProcessId]:
         """The local cloud's engine processes by cluster, whether they live or not."""
         stored = read_json(self.cloud / "machines.json").get("machines", {})
