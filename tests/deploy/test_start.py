@@ -11,12 +11,11 @@ import asyncio
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,12 @@ from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 
 from crosslogic.contracts.names import FLEET_TASK_QUEUE
 from crosslogic.dev import binaries, locks
+from crosslogic.dev.parts import Launch
 from crosslogic.dev.postgres import Postgres
+from crosslogic.dev.state import free_port
 from crosslogic.dev.temporal import Temporal
+from crosslogic.settings import child_environment
+from tests.conftest import serving
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {
@@ -40,13 +43,6 @@ SECRETS = {
     "CROSSLOGIC_ADMIN_TOKEN": "adm_token_of_at_least_24_characters",
     "CROSSLOGIC_NODE_SECRET": "node-secret-of-at-least-32-characters",
 }
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def until(look: Callable[[], Any], what: str, within_s: float = 60.0) -> Any:
@@ -111,32 +107,34 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
+class NewTemporal(Temporal):
+    """A server without our search attributes: registering them is what set-up is for."""
+
+    def prepare(self) -> Launch:
+        launch = Temporal.prepare(self)
+        ours = [word for word in launch.command if word.endswith("=Keyword")]
+        return replace(launch, command=[word for word in launch.command if word not in (*ours, "--search-attribute")])
+
+
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory, compose: dict[str, Any]) -> Iterator[Machine]:
     """Postgres, Valkey (by the file's own command) and Temporal, as empty as new containers."""
     machine = Machine(tmp_path_factory.mktemp("compose"))
     postgres = Postgres(machine.folder / "postgres", free_port(), SECRETS["POSTGRES_PASSWORD"])
-    temporal = Temporal(machine.folder / "temporal", free_port(), free_port(), free_port(), free_port())
+    temporal = NewTemporal(machine.folder / "temporal", free_port(), free_port(), free_port(), free_port())
     valkey_port = free_port()
     machine.ports = {"postgres:5432": postgres.port, "valkey:6379": valkey_port, "temporal:7233": temporal.port}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CROSSLOGIC_")}
-    try:
-        for part in (postgres, temporal):
-            launch = part.prepare()
-            # Search attributes are what set-up must register here.
-            command = [
-                word for word in launch.command if word != "--search-attribute" and not word.endswith("=Keyword")
-            ]
-            machine.start(part.name, command, launch.environment, launch.cwd)
-        program, *options = compose["services"]["valkey"]["command"]
-        assert program == "valkey-server"
-        here = ["--port", str(valkey_port), "--bind", "127.0.0.1", "--dir", str(machine.folder)]
-        machine.start("valkey", [str(binaries.valkey_server()), *options, *here], inherited, machine.folder)
-        for part in (postgres, temporal):
-            until(lambda part=part: asyncio.run(part.is_ready()), f"{part.name} answers")
-        yield machine
-    finally:
-        machine.stop()
+    with serving(postgres, machine.folder), serving(temporal, machine.folder):
+        try:
+            program, *options = compose["services"]["valkey"]["command"]
+            assert program == "valkey-server"
+            here = ["--port", str(valkey_port), "--bind", "127.0.0.1", "--dir", str(machine.folder)]
+            command = [str(binaries.valkey_server()), *options, *here]
+            machine.start("valkey", command, child_environment(), machine.folder)
+            yield machine
+        finally:
+            machine.stop()
+            postgres.forget()
 
 
 @pytest.fixture(scope="module")
