@@ -381,14 +381,14 @@ class Book:
                 account.holds[hold_id] = hold.expires_ms
         return Placed(Standing(tightest[0], tightest[1]))
 
-    def settle(self, hold_id: str, tokens: int, spend_microdollars: int, now_ms: int) -> None:
+    def settle(self, hold_id: str, tokens: int, spend_microdollars: int) -> None:
         """End a hold: tokens and spend become what was really used. Without effect the second time."""
-        self._adjust(hold_id, tokens, spend_microdollars, now_ms)
+        self._adjust(hold_id, tokens, spend_microdollars)
         self._end(hold_id)
 
-    def release(self, hold_id: str, now_ms: int) -> None:
+    def release(self, hold_id: str) -> None:
         """End a hold as if it had never been: not even the request counts. Without effect the second time."""
-        self._adjust(hold_id, 0, 0, now_ms, requests=-1)
+        self._adjust(hold_id, 0, 0, requests=-1)
         self._end(hold_id)
 
     def renew(self, hold_ids: Iterable[str], now_ms: int) -> None:
@@ -413,19 +413,18 @@ class Book:
     def _sweep(self, account: _Account, now_ms: int) -> None:
         """Give back what expired holds had grabbed. They stay known, so that a late settling still books the truth."""
         for hold_id in [hold_id for hold_id, expires_ms in account.holds.items() if expires_ms <= now_ms]:
-            self._adjust(hold_id, 0, 0, now_ms)
+            self._adjust(hold_id, 0, 0)
             for subject, _ in self._holds[hold_id].limited:
                 self._account(subject).holds.pop(hold_id, None)
 
-    def _adjust(self, hold_id: str, tokens: int, spend: int, now_ms: int, *, requests: int = 0) -> None:
+    def _adjust(self, hold_id: str, tokens: int, spend: int, *, requests: int = 0) -> None:
+        """Put amounts right where they were counted. What lands in a bucket that no longer counts is dropped later."""
         hold = self._holds.get(hold_id)
         if hold is None:
             return
-        oldest = self._oldest(now_ms)
         delta = (requests, tokens - hold.tokens, tokens - hold.tokens, spend - hold.spend)
-        live = tuple(d if bucket >= old else 0 for d, bucket, old in zip(delta, hold.buckets, oldest, strict=True))
         for subject, limits in hold.limited:
-            self._add(self._account(subject), limits, hold, live)
+            self._add(self._account(subject), limits, hold, delta)
         hold.tokens, hold.spend = tokens, spend
 
     def _add(self, account: _Account, limits: LayerLimits, hold: _Hold, delta: Sequence[int]) -> None:
@@ -445,7 +444,7 @@ class Book:
         self._forget_at_ms = now_ms + _FORGET_EVERY_MS
         day_ms = DAY.bucket_ms * DAY.buckets
         for hold_id in [hold_id for hold_id, hold in self._holds.items() if hold.expires_ms + day_ms < now_ms]:
-            self._adjust(hold_id, 0, 0, now_ms)
+            self._adjust(hold_id, 0, 0)
             self._end(hold_id)
         oldest = self._oldest(now_ms)
         for name, account in list(self._accounts.items()):

@@ -59,16 +59,17 @@ local function opens_at(buckets, used, room, bucket_ms, count)
   end
 end
 
-local function adjust(record, tokens, spend, requests, month)
+-- Amounts are put right where they were counted. What that adds to a bucket that no longer counts is dropped at the
+-- next look.
+local function adjust(record, tokens, spend, requests)
   local more_tokens = tokens - record[4]
   local deltas = {requests, more_tokens, more_tokens, spend - record[5]}
   local places = {record[1], record[1], record[2], record[3]}
-  local oldest = {this_minute - MINUTE_BUCKETS, this_minute - MINUTE_BUCKETS, this_day - DAY_BUCKETS, month}
   for _, subject in ipairs(record[7]) do
     local amounts
     for meter = REQUESTS, SPEND do
       local place = places[meter]
-      if limit_of(subject, meter) >= 0 and deltas[meter] ~= 0 and place >= oldest[meter] then
+      if limit_of(subject, meter) >= 0 and deltas[meter] ~= 0 then
         amounts = amounts or load_amounts(subject)
         amounts[meter][place] = math.max(0, (amounts[meter][place] or 0) + deltas[meter])
       end
@@ -85,13 +86,13 @@ local function leave(record_key, record)
 end
 
 -- Gives back what expired holds had grabbed. Their records stay, so that a late settling still books the truth.
-local function sweep(subject, month)
+local function sweep(subject)
   local holds = subject[1] .. ':holds'
   for _, record_key in ipairs(redis.call('ZRANGEBYSCORE', holds, '-inf', now, 'LIMIT', 0, MOST_SWEPT)) do
     local packed = redis.call('GET', record_key)
     if packed then
       local record = cmsgpack.unpack(packed)
-      adjust(record, 0, 0, 0, month)
+      adjust(record, 0, 0, 0)
       leave(record_key, record)
       redis.call('SET', record_key, cmsgpack.pack(record), 'KEEPTTL')
     else
@@ -104,7 +105,7 @@ end
 -- or {0, number of the subject, meter, limit, used, asked, ms to wait or -1 for ever}.
 local function place(record_key, tokens, spend, month, month_ends, expires, subjects)
   for _, subject in ipairs(subjects) do
-    if is_holding(subject) then sweep(subject, month) end
+    if is_holding(subject) then sweep(subject) end
   end
   local asked = {1, tokens, tokens, spend, 1}
   local places = {this_minute, this_minute, this_day, month}
@@ -175,11 +176,11 @@ local function place(record_key, tokens, spend, month, month_ends, expires, subj
   return standing
 end
 
-local function finish(record_key, tokens, spend, month, requests)
+local function finish(record_key, tokens, spend, requests)
   local packed = redis.call('GET', record_key)
   if not packed then return 0 end
   local record = cmsgpack.unpack(packed)
-  adjust(record, tokens, spend, requests, month)
+  adjust(record, tokens, spend, requests)
   leave(record_key, record)
   redis.call('DEL', record_key)
   return 1
@@ -208,9 +209,9 @@ local given = cmsgpack.unpack(ARGV[3])
 if ARGV[1] == 'place' then
   return place(KEYS[1], unpack(given))
 elseif ARGV[1] == 'settle' then
-  return finish(KEYS[1], given[1], given[2], given[3], 0)
+  return finish(KEYS[1], given[1], given[2], 0)
 elseif ARGV[1] == 'release' then
-  return finish(KEYS[1], 0, 0, given[1], -1)
+  return finish(KEYS[1], 0, 0, -1)
 else
   return renew(KEYS, given[1])
 end

