@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from crosslogic.hot.limits import LimitBook
-from crosslogic.hot.pipeline import PipelinedRedis
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -36,6 +34,8 @@ from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
 from crosslogic.hot import connection as redis_connection
+from crosslogic.hot.limits import LimitBook
+from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
@@ -139,8 +139,11 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncIterator[Non
         feeds.keep_listening(),
         limits.keep_renewing(),
         relay.keep_progress(),
+        table.keep_probing(),
     ]
-    tasks = [asyncio.create_task(coroutine) for coroutine in background]
+    tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]
+    for task in tasks:
+        task.add_done_callback(_note_end)
     # What is allocated by now lives as long as the process: keep the collector from walking it (docs/performance.md).
     gc.collect()
     gc.freeze()
@@ -156,7 +159,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncIterator[Non
             async with asyncio.timeout(2):
                 while await shipper.ship_once():
                     pass
-        usage_log.close()
+        with contextlib.suppress(OSError):
+            usage_log.close()
         table.close()
         await redis.aclose()
         with contextlib.suppress(TimeoutError):
@@ -189,6 +193,12 @@ def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: Usa
     observer.streams.set(relay.streams)
     observer.usage_pending.set(usage_log.kept_bytes)
     return observer.page()
+
+
+def _note_end(task: asyncio.Task[None]) -> None:
+    """A background task never ends by itself; without it the process would decay silently."""
+    if not task.cancelled():
+        log.critical("%s has ended; restart this process", task.get_name(), exc_info=task.exception())
 
 
 def _now() -> datetime:

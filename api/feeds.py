@@ -22,6 +22,8 @@ from crosslogic.store.nodes import NodeStore
 log = logging.getLogger("crosslogic.feeds")
 
 POLL_INTERVAL_S = 0.25
+# A question of microseconds: without an answer by then its connection is as good as lost.
+POLL_TIMEOUT_S = 2.0
 # Even if no counter moved, read the nodes again this often: a full reading heals whatever went wrong.
 FULL_READ_INTERVAL_S = 30.0
 
@@ -60,13 +62,21 @@ class Feeds:
 
     async def poll_once(self) -> None:
         """Read what has moved since the last poll. Raises what the stores raise."""
-        counters = await self._changes.read()
+        async with asyncio.timeout(POLL_TIMEOUT_S):
+            counters = await self._changes.read()
+        failure: Exception | None = None
         for noun, read in self._readers.items():
             seq = counters.get(noun, 0)
             if self._seen.get(noun) != seq:
-                await read()
-                # Only now: a reading that failed is tried again.
-                self._seen[noun] = seq
+                try:
+                    await read()
+                    # Only now: a reading that failed is tried again.
+                    self._seen[noun] = seq
+                except Exception as error:
+                    # One noun that cannot be read must not keep a revoked key alive (H10).
+                    failure = error
+        if failure is not None:
+            raise failure
         self.is_ready = True
 
     async def keep_polling(self) -> None:

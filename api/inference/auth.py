@@ -6,6 +6,7 @@ the whole cache is read again in one query, so that a revoked key is refused wit
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
@@ -19,6 +20,8 @@ FindPrincipals = Callable[[Sequence[bytes]], Awaitable[Mapping[bytes, Principal]
 
 MOST_PRINCIPALS = 100_000
 MOST_STRANGERS = 10_000
+# Keys that nobody has asked for yet wait so long for Postgres.
+LOOK_UP_TIMEOUT_S = 3.0
 
 
 class Clock(Protocol):
@@ -73,7 +76,8 @@ class KeyRing:
         while digest not in self._strangers:
             epoch = self._epoch
             try:
-                found = await self._find([digest])
+                async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
+                    found = await self._find([digest])
             except Exception as error:
                 raise Unavailable("Keys cannot be checked at the moment; try again.", retry_after_s=2) from error
             if epoch != self._epoch:

@@ -36,6 +36,9 @@ SYNC_INTERVAL_S = 0.005
 SHIP_INTERVAL_S = 0.1
 BATCH_RECORDS = 1000
 LONGEST_FRAME_BYTES = 1 << 20
+# What we write is far shorter; a longer "torn" frame is damage.
+LONGEST_TORN_BYTES = 4096
+DAMAGED = "damaged"
 
 _HEADER = struct.Struct("<II")
 _encode = msgspec.json.Encoder().encode
@@ -67,14 +70,15 @@ class UsageLog:
     def __init__(
         self, root: Path, name: str, *, segment_bytes: int = SEGMENT_BYTES, most_bytes: int = MOST_BYTES
     ) -> None:
-        self.directory = root / name
-        self.directory.mkdir(parents=True, mode=0o700)
-        self._lock = lock_directory(self.directory)
-        if self._lock is None:
-            raise RuntimeError(f"{self.directory} is in use by another process")
+        # Locked before it can be seen: a sibling that looks for dead processes' logs must not take it for one.
+        hidden = root / f".{name}"
+        hidden.mkdir(parents=True, mode=0o700)
+        self._lock = lock_directory(hidden)
+        self.directory = hidden.rename(root / name)
         self._segment_bytes = segment_bytes
         self._most_bytes = most_bytes
         self.segment = 0
+        self.closed_segments: set[int] = set()
         self.open_intents: dict[UUID, int] = {}
         self.kept_bytes = 0
         self._size = 0
@@ -119,8 +123,11 @@ class UsageLog:
         frame = _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
         written = os.write(self._fd, frame)
         if written != len(frame):
-            # A torn frame in the middle would hide what follows it: cut it off again.
-            os.ftruncate(self._fd, self._size)
+            # A torn frame in the middle would hide what follows it: cut it off again, or leave this segment.
+            try:
+                os.ftruncate(self._fd, self._size)
+            except OSError:
+                self._size = self._segment_bytes
             raise OSError(f"only {written} of {len(frame)} bytes could be written")
         self._size += written
         self.kept_bytes += written
@@ -129,10 +136,16 @@ class UsageLog:
     def _roll(self) -> None:
         following = self.segment + 1
         descriptor = os.open(self.segment_path(following), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-        if self._fd >= 0:
-            os.fdatasync(self._fd)
-            os.close(self._fd)
-        self._fd, self.segment, self._size = descriptor, following, 0
+        full, self._fd = self._fd, descriptor
+        if full >= 0:
+            self.closed_segments.add(self.segment)
+            try:
+                os.fdatasync(full)
+            except OSError as error:
+                log.error("fdatasync of the usage log failed: %s", error)
+            finally:
+                os.close(full)
+        self.segment, self._size = following, 0
 
     async def keep_synced(self) -> None:
         """Run for the life of the process: fdatasync off-thread, a few milliseconds after the first unsynced append."""
@@ -140,13 +153,15 @@ class UsageLog:
             await self._is_dirty.wait()
             await asyncio.sleep(SYNC_INTERVAL_S)
             self._is_dirty.clear()
-            descriptor = os.dup(self._fd)
+            descriptor = -1
             try:
+                descriptor = os.dup(self._fd)
                 await asyncio.to_thread(os.fdatasync, descriptor)
             except OSError as error:
                 log.error("fdatasync of the usage log failed: %s", error)
             finally:
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Sync and let go; what was not shipped is taken over by the next process."""
@@ -202,9 +217,7 @@ class Shipper:
         self.shipped += len(records)
         if end == 0 and self._segment < self._log.segment:
             if self._offset < path.stat().st_size:
-                # Kept for a human: `_retire` passes over it because it is not behind us.
-                path.rename(path.with_suffix(".damaged"))
-                log.error("%s is damaged behind byte %d and was kept", path.with_suffix(".damaged"), self._offset)
+                _keep_damaged(path, self._offset, self._log.directory.parent / DAMAGED)
             self._segment += 1
             self._offset = 0
         self._retire()
@@ -213,11 +226,12 @@ class Shipper:
     def _retire(self) -> None:
         """Delete segments that are shipped and hold no open intent."""
         held = set(self._log.open_intents.values())
-        for number in range(1, self._segment):
-            path = self._log.segment_path(number)
-            if number not in held and path.exists():
+        for number in sorted(self._log.closed_segments - held):
+            if number < self._segment:
+                path = self._log.segment_path(number)
                 self._log.kept_bytes -= path.stat().st_size
                 path.unlink()
+                self._log.closed_segments.discard(number)
 
 
 def lock_directory(directory: Path) -> int | None:
@@ -243,10 +257,12 @@ async def recover(root: Path, own: str, ingest: Ingest) -> int:
         if descriptor is None:
             continue
         try:
-            records = await asyncio.to_thread(_read_all, directory, root / "damaged")
-            for start in range(0, len(records), BATCH_RECORDS):
-                await ingest(records[start : start + BATCH_RECORDS])
-            total += len(records)
+            leftovers = _Leftovers()
+            segments = sorted(directory.glob("segment-*.log"))
+            for path in segments:
+                settled = await asyncio.to_thread(leftovers.read, path, root / DAMAGED, is_last=path is segments[-1])
+                total += await _ingest_all(settled, ingest)
+            total += await _ingest_all(leftovers.interrupted(), ingest)
             await asyncio.to_thread(shutil.rmtree, directory)
         finally:
             os.close(descriptor)
@@ -268,34 +284,67 @@ async def keep_recovering(root: Path, own: str, ingest: Ingest, interval_s: floa
         await asyncio.sleep(pause_s)
 
 
+async def _ingest_all(records: Sequence[UsageRecord], ingest: Ingest) -> int:
+    for start in range(0, len(records), BATCH_RECORDS):
+        await ingest(records[start : start + BATCH_RECORDS])
+    return len(records)
+
+
 def _others(root: Path, own: str) -> list[Path]:
     if not root.exists():
         return []
-    return sorted(path for path in root.iterdir() if path.is_dir() and path.name not in (own, "damaged"))
+    names = (own, DAMAGED)
+    return sorted(
+        path for path in root.iterdir() if path.is_dir() and path.name not in names and not path.name.startswith(".")
+    )
 
 
-def _read_all(directory: Path, damaged: Path) -> list[UsageRecord]:
-    settled: dict[UUID, UsageRecord] = {}
-    intents: dict[UUID, Intent] = {}
-    progress: dict[UUID, Progress] = {}
-    segments = sorted(directory.glob("segment-*.log"))
-    for path in segments:
+class _Leftovers:
+    """What a dead process's log still owes, read segment by segment: intents without a settled record."""
+
+    def __init__(self) -> None:
+        self._intents: dict[UUID, Intent] = {}
+        self._progress: dict[UUID, Progress] = {}
+
+    def read(self, path: Path, damaged: Path, *, is_last: bool) -> list[UsageRecord]:
+        """The settled records of the next segment."""
+        settled: list[UsageRecord] = []
         data = path.read_bytes()
         end = 0
         for payload, end in frames(data):  # noqa: B007 - the offset behind the last frame is the result.
             kind, body = payload[:1], payload[1:]
             if kind == b"S":
                 record = _decode_record(body)
-                settled[record.id] = record
+                settled.append(record)
+                self._intents.pop(record.id, None)
+                self._progress.pop(record.id, None)
             elif kind == b"I":
                 intent = _decode_intent(body)
-                intents[intent.id] = intent
+                self._intents[intent.id] = intent
             elif kind == b"P":
                 step = _decode_progress(body)
-                progress[step.id] = step
-        if end < len(data) and path is not segments[-1]:
-            damaged.mkdir(exist_ok=True)
-            shutil.copy2(path, damaged / f"{directory.name}-{path.name}")
-            log.error("%s is damaged behind byte %d; a copy is kept in %s", path, end, damaged)
-    unsettled = [intent for intent in intents.values() if intent.id not in settled]
-    return [*settled.values(), *(interrupted(intent, progress.get(intent.id)) for intent in unsettled)]
+                if step.id in self._intents:
+                    self._progress[step.id] = step
+        if end < len(data) and not (is_last and _is_torn(data[end:])):
+            _keep_damaged(path, end, damaged)
+        return settled
+
+    def interrupted(self) -> list[UsageRecord]:
+        """The records of requests that nobody settled."""
+        return [interrupted(intent, self._progress.get(intent.id)) for intent in self._intents.values()]
+
+
+def _is_torn(rest: bytes) -> bool:
+    """Is it one frame that a kill cut off, and nothing else?"""
+    if len(rest) < _HEADER.size:
+        return True
+    length, _ = _HEADER.unpack_from(rest)
+    return len(rest) - _HEADER.size < length <= LONGEST_TORN_BYTES
+
+
+def _keep_damaged(path: Path, offset: int, damaged: Path) -> None:
+    """Keep a copy of a segment for a human."""
+    damaged.mkdir(exist_ok=True)
+    copy = damaged / f"{path.parent.name}-{path.name}"
+    shutil.copy2(path, copy)
+    log.error("a segment of the usage log is damaged behind byte %d; it is kept as %s", offset, copy)

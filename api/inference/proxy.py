@@ -7,6 +7,7 @@ all, within a budget of retries. The client hanging up closes the engine's conne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -18,8 +19,8 @@ from uuid import UUID
 
 import msgspec
 
-from api.inference.calls import Call
-from api.inference.events import DONE, EventStream, usage_tokens
+from api.inference.calls import BYTES_PER_TOKEN, Call
+from api.inference.events import DONE, EventStream, answer_bytes, usage_tokens
 from api.inference.limits import Hold, Limits
 from api.inference.metering import UsageLog
 from api.inference.observing import Observer
@@ -42,6 +43,10 @@ RETRY_SHARE = 0.1
 RETRIES_PER_S = 10.0
 LONGEST_ANSWER_BYTES = 64 * 1024 * 1024
 PROGRESS_INTERVAL_S = 0.5
+# A non-streamed answer's first byte comes when its last token is made; an engine slower than this does not serve.
+SLOWEST_TOKENS_PER_S = 10
+# After `[DONE]`: how long an engine may take to end its answer before its connection is given up.
+LAST_WORDS_S = 0.1
 # Where nobody has measured it yet: how long a node takes to come up, told as Retry-After.
 USUAL_LEAD_TIME_S = 60
 
@@ -49,9 +54,19 @@ USUAL_LEAD_TIME_S = 60
 ENGINE_AT_FAULT = frozenset({401, 403, 404, 405})
 BUSY = frozenset({408, 429})
 
+OUR_FAILURES = frozenset({Outcome.FAILED, Outcome.CUT})
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
-_ADDRESS = re.compile(r"https?://\S+|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b|(?:/[\w.@+-]+){2,}/?")
+_ADDRESS = re.compile(
+    r"\w+://\S+"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?\b"
+    r"|\[[0-9a-fA-F:.]*:[0-9a-fA-F:.]*\](?::\d+)?"
+    r"|\b(?:localhost|[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+):\d{2,5}\b"
+    r"|(?:~|\.{1,2})?(?:/[\w.@+-]+){2,}/?"
+    r"|[\w.@+-]+\.(?:gguf|safetensors)\b"
+)
+LONGEST_SHOWN_MESSAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +132,7 @@ class Relayed:
         "hold",
         "id",
         "intent",
+        "is_accepted",
         "is_settled",
         "lifeline",
         "model",
@@ -158,6 +174,7 @@ class Relayed:
         self.events: EventStream | None = None
         self.tries = 0
         self.has_begun = False
+        self.is_accepted = False
         self.is_settled = False
         self.reported_tokens = 0
         self.prompt_tokens = 0
@@ -179,13 +196,22 @@ class Relayed:
 
     def charge(self, usage: tuple[int, int, int] | None, counted_tokens: int) -> None:
         """Set the tokens from the engine's usage where it can be believed, else from what we counted."""
-        if usage is not None:
+        if self.call.kind == "embedding":
+            counted_tokens = 0
+            usage = None if usage is None else (usage[0], 0, usage[2])
+        if usage is not None and self._is_possible(*usage):
             self.prompt_tokens, self.completion_tokens, self.cached_tokens = usage
             self.source = TokenSource.ENGINE
         else:
             self.prompt_tokens = self.intent.estimated_prompt_tokens
             self.completion_tokens = counted_tokens
             self.source = TokenSource.COUNTED
+
+    def _is_possible(self, prompt: int, completion: int, cached: int) -> bool:
+        """No engine can read more than its context and what was sent, or say more than it was allowed to."""
+        call, model = self.call, self.model
+        most_prompt = model.context_tokens * call.choices + BYTES_PER_TOKEN * call.estimated_prompt_tokens
+        return cached <= prompt <= most_prompt and completion <= call.choices * call.completion_limit(model)
 
     def charge_nothing(self) -> None:
         """Our failures are not charged."""
@@ -253,7 +279,7 @@ class Relay:
             relayed.status = relayed.status or 499
             if relayed.events is not None and relayed.has_begun:
                 relayed.charge(usage_tokens(relayed.events.usage), relayed.events.tokens)
-            elif relayed.node is not None:
+            elif relayed.is_accepted:
                 relayed.charge(None, 0)
         except CrossLogicError as error:
             relayed.charge_nothing()
@@ -286,8 +312,15 @@ class Relay:
             relayed.intent.multiplier_bp,
         )
         self._observer.finished(relayed)
-        # Shielded: a request that is being cancelled must give its holds back all the same.
-        await asyncio.shield(self._limits.settle(relayed.hold, record_tokens, price))
+        if relayed.outcome in OUR_FAILURES:
+            ending = self._limits.release(relayed.hold)
+        else:
+            ending = self._limits.settle(relayed.hold, record_tokens, price)
+        try:
+            # Shielded: a request that is being cancelled must give its holds back all the same.
+            await asyncio.shield(ending)
+        except Exception:
+            log.exception("the hold of %s was not given back; it expires", relayed.shown_id)
 
     def _settle(self, relayed: Relayed) -> None:
         """Put the usage record into the durable log, once. Raises OSError."""
@@ -297,6 +330,8 @@ class Relay:
     async def _relay(self, relayed: Relayed, send: Send) -> None:
         body = relayed.call.engine_body(relayed.model)
         tried: list[Node] = []
+        # A request that every node answers with 5xx may itself be at fault: it is theirs once another node has managed.
+        suspects: list[Node] = []
         while True:
             node = self._table.choose(relayed.model.name, relayed.plan.candidates, tried)
             if node is None:
@@ -315,14 +350,26 @@ class Relay:
                     await self._stream(relayed, node, body, send)
                 else:
                     await self._exchange(relayed, node, body, send)
+                for suspect in suspects:
+                    suspect.failed(FailureKind.ERROR, self._loop.time())
                 return
             except NodeFailure as failure:
-                if node.failed(failure.kind, self._loop.time()):
-                    log.warning("node %s is left out for now: %s", node.entry.node_id, failure.kind)
+                relayed.is_accepted = False
                 self._observer.node_failed(relayed, failure.kind)
+                is_late = self._loop.time() >= relayed.deadline_at
+                if failure.kind is FailureKind.ERROR and not relayed.has_begun:
+                    suspects.append(node)
+                elif not is_late and node.failed(failure.kind, self._loop.time()):
+                    log.warning("node %s is left out for now: %s", node.entry.node_id, failure.kind)
                 if relayed.has_begun:
                     await self._cut(relayed, send)
                     return
+                if is_late:
+                    raise Unavailable(
+                        f"{relayed.model.name} did not answer in time; ask for fewer tokens or stream the answer.",
+                        code="deadline_exceeded",
+                        retry_after_s=1,
+                    ) from failure
                 tried.append(node)
                 if len(tried) >= MOST_TRIES or not self._budget.spend(self._loop.time()):
                     raise Unavailable(
@@ -382,16 +429,20 @@ class Relay:
         """
         trace = b"X-Request-Id: %b\r\n" % relayed.shown_id.encode()
         request = node.upstream.request(relayed.call.path, body, trace)
+        patience_s = self._deadlines.first_byte_s
+        if not relayed.call.is_streamed and relayed.call.kind != "embedding":
+            patience_s += relayed.call.completion_limit(relayed.model) / SLOWEST_TOKENS_PER_S
         connection = node.upstream.idle()
         while True:
             if connection is None:
-                connection = await node.upstream.connect(self._deadlines.connect_s)
+                connection = await self._connect(relayed, node)
             relayed.lifeline.on_gone = partial(connection.fail, ClientGone())
             try:
                 if relayed.lifeline.is_gone:
                     raise ClientGone
                 connection.send(request)
-                deadline_at = min(self._loop.time() + self._deadlines.first_byte_s, relayed.deadline_at)
+                relayed.is_accepted = True
+                deadline_at = min(self._loop.time() + patience_s, relayed.deadline_at)
                 first = await connection.read(deadline_at, FailureKind.SILENT)
                 self._check_status(connection.status)
                 return connection, first
@@ -404,6 +455,21 @@ class Relay:
             except BaseException:
                 node.upstream.release(connection)
                 raise
+
+    async def _connect(self, relayed: Relayed, node: Node) -> Connection:
+        """A new connection. Raises NodeFailure(CONNECT), or ClientGone as soon as nobody waits for it."""
+        try:
+            async with asyncio.timeout(self._deadlines.connect_s) as patience:
+                relayed.lifeline.on_gone = lambda: patience.reschedule(self._loop.time())
+                if relayed.lifeline.is_gone:
+                    raise ClientGone
+                return await node.upstream.connect()
+        except (OSError, TimeoutError) as error:
+            if relayed.lifeline.is_gone:
+                raise ClientGone from error
+            raise NodeFailure(FailureKind.CONNECT, repr(error)) from error
+        finally:
+            relayed.lifeline.on_gone = None
 
     def _check_status(self, status: int) -> None:
         if status in BUSY:
@@ -444,9 +510,8 @@ class Relay:
         document = cast("dict[str, Any]", document)
         usage = document.get("usage")
         relayed.ttft_s = self._loop.time() - relayed.started_at
-        relayed.charge(
-            usage_tokens(cast("dict[str, Any]", usage) if isinstance(usage, dict) else None), len(answer) // 4
-        )
+        counts = usage_tokens(cast("dict[str, Any]", usage) if isinstance(usage, dict) else None)
+        relayed.charge(counts, 0 if counts else answer_bytes(document) // BYTES_PER_TOKEN)
         if "timings" in document or document.get("model") != relayed.model.name or relayed.call.is_query_form:
             document.pop("timings", None)
             document["model"] = relayed.model.name
@@ -479,12 +544,14 @@ class Relay:
                 raise self._engine_rejection(connection.status, answer)
             if not connection.content_type.startswith(b"text/event-stream"):
                 raise NodeFailure(FailureKind.GARBAGE, "no event stream")
-            events = relayed.events = EventStream(wants_usage=relayed.call.wants_usage_chunk)
+            events = relayed.events = EventStream(relayed.model.name, wants_usage=relayed.call.wants_usage_chunk)
             while data:
+                if relayed.lifeline.is_gone:
+                    # What the engine still had to say reaches nobody, so nobody pays for it.
+                    raise ClientGone
                 whole = events.feed(data)
                 if whole:
                     if not relayed.has_begun:
-                        node.succeeded()
                         relayed.has_begun = True
                         relayed.status = 200
                         relayed.ttft_s = self._loop.time() - relayed.started_at
@@ -493,10 +560,15 @@ class Relay:
                         headers.append((b"cache-control", b"no-cache"))
                         await send({"type": "http.response.start", "status": 200, "headers": headers})
                     await send({"type": "http.response.body", "body": whole, "more_body": True})
+                if events.is_done:
+                    with contextlib.suppress(NodeFailure):
+                        await connection.read(self._loop.time() + LAST_WORDS_S, FailureKind.STALLED)
+                    break
                 deadline_at = min(self._loop.time() + self._deadlines.idle_s, relayed.deadline_at)
                 data = await connection.read(deadline_at, FailureKind.STALLED)
             if not events.is_done or not relayed.has_begun:
                 raise NodeFailure(FailureKind.RESET, "the stream ended before it was done")
+            node.succeeded()
         finally:
             relayed.lifeline.on_gone = None
             node.upstream.release(connection)
@@ -534,7 +606,7 @@ class Relay:
             found: Any = cast("dict[str, Any]", document).get("error", document) if isinstance(document, dict) else None
             text: Any = cast("dict[str, Any]", found).get("message") if isinstance(found, dict) else found
             if isinstance(text, str) and text:
-                message = _ADDRESS.sub("[…]", text)[:500]
+                message = _ADDRESS.sub("[…]", text[: 8 * LONGEST_SHOWN_MESSAGE])[:LONGEST_SHOWN_MESSAGE]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             pass
         if "context" in message and ("exceed" in message or "length" in message):

@@ -7,6 +7,7 @@ holds (F4). A node that left is remembered for a while, so that a late message c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Callable, Iterable, Sequence
 
@@ -18,12 +19,20 @@ from crosslogic.domain.scheduling import choose, ejection_s
 # Messages older than this cannot be in flight any more.
 REMEMBER_GONE_S = 600.0
 SUSPICIOUS = frozenset({FailureKind.CONNECT, FailureKind.RESET})
+BLAMELESS = frozenset({FailureKind.BUSY, FailureKind.TOTAL})
+# After its ejection one request finds out whether a node is well again; for so long the others keep away.
+TRIAL_S = 1.0
+# So many failed connections in a row, and no request is started there any more until a connection succeeds (F2).
+UNREACHABLE_AFTER = 3
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 2.0
 
 
 class Node:
     """One node as this process sees it: its latest entry, its connections and what it has been through."""
 
     __slots__ = (
+        "connect_failures",
         "ejected_until",
         "entry",
         "failures",
@@ -43,6 +52,7 @@ class Node:
         self.shown_region = entry.region.encode()
         self.tokens_in_flight = 0
         self.failures = 0
+        self.connect_failures = 0
         self.ejected_until = 0.0
         self.is_gone = False
 
@@ -51,16 +61,23 @@ class Node:
         """Measured at admission; 0 when unknown."""
         return self.entry.capacity_tokens_per_s
 
+    @property
+    def is_unreachable(self) -> bool:
+        """Did the last connections all fail?"""
+        return self.connect_failures >= UNREACHABLE_AFTER
+
     def succeeded(self) -> None:
-        """An answer began as it should."""
+        """It answered as it should, to the end; a first byte alone proves too little."""
         self.failures = 0
+        self.connect_failures = 0
         self.ejected_until = 0.0
 
     def failed(self, kind: FailureKind, now: float) -> bool:
-        """Note a failure; True when it got the node ejected. Being full is no failure."""
-        if kind is FailureKind.BUSY:
+        """Note a failure; True when it got the node ejected. Being full, or asked for too much, is none."""
+        if kind in BLAMELESS:
             return False
         self.failures += 1
+        self.connect_failures = self.connect_failures + 1 if kind is FailureKind.CONNECT else 0
         pause_s = ejection_s(self.failures, is_connection_failure=kind in SUSPICIOUS)
         self.ejected_until = max(self.ejected_until, now + pause_s)
         return pause_s > 0
@@ -152,11 +169,14 @@ class RouteTable:
             nodes = self._routable.get((model, region))
             if not nodes:
                 continue
-            untried = [node for node in nodes if node not in tried] if tried else nodes
+            untried = [node for node in nodes if node not in tried and not node.is_unreachable]
             healthy = [node for node in untried if node.ejected_until <= now]
             if healthy:
                 self._turn += 1
-                return choose(healthy, now, self._turn)
+                chosen = choose(healthy, now, self._turn)
+                if chosen is not None and chosen.ejected_until:
+                    chosen.ejected_until = now + TRIAL_S
+                return chosen
             ejected.extend(untried)
         self._turn += 1
         return choose(ejected, now, self._turn)
@@ -176,6 +196,20 @@ class RouteTable:
     async def next_change(self) -> None:
         """Wait until an entry has changed."""
         await self._changed.wait()
+
+    async def keep_probing(self) -> None:
+        """Run for the life of the process: find out when an unreachable node can be reached again."""
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_S)
+            for node in self.nodes:
+                if not node.is_unreachable or not node.entry.is_routable:
+                    continue
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(PROBE_TIMEOUT_S):
+                        connection = await node.upstream.connect()
+                    node.upstream.release(connection)
+                    node.connect_failures = 0
+                    self._rebuild()
 
     @property
     def nodes(self) -> list[Node]:

@@ -243,19 +243,15 @@ class Upstream:
                 return connection
         return None
 
-    async def connect(self, timeout_s: float) -> Connection:
-        """A new connection. Raises NodeFailure(CONNECT)."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                _, connection = await self._loop.create_connection(
-                    lambda: Connection(self._loop),
-                    self._host,
-                    self._port,
-                    ssl=self._tls,
-                    server_hostname=self._host if self._tls else None,
-                )
-        except (OSError, TimeoutError) as error:
-            raise NodeFailure(FailureKind.CONNECT, repr(error)) from error
+    async def connect(self) -> Connection:
+        """A new connection, however long it takes. Raises OSError."""
+        _, connection = await self._loop.create_connection(
+            lambda: Connection(self._loop),
+            self._host,
+            self._port,
+            ssl=self._tls,
+            server_hostname=self._host if self._tls else None,
+        )
         return connection
 
     def request(self, path: str, body: bytes, trace: bytes) -> bytes:

@@ -8,11 +8,11 @@ from typing import Protocol, TypeVar
 # A node whose capacity nobody has measured yet counts as a slow one.
 DEFAULT_CAPACITY_TOKENS_PER_S = 20
 
-# Passive ejection: a refused or broken connection ejects at once, other failures after three in a row. The first
+# Passive ejection: a refused or broken connection ejects at once, other failures after two in a row. The first
 # ejection is short, because active health has the final word within seconds; each further one doubles.
 FIRST_EJECTION_S = 1.0
 LONGEST_EJECTION_S = 30.0
-FAILURES_BEFORE_EJECTION = 3
+FAILURES_BEFORE_EJECTION = 2
 
 
 class Candidate(Protocol):
