@@ -6,8 +6,19 @@ from fastapi import APIRouter, Security
 
 from api.admin import audit, catalog, nodes, tenancy, usage
 from api.admin.context import bearer
+from api.admin.schemas import ErrorOut
 
-router = APIRouter(prefix="/admin", dependencies=[Security(bearer)])
+router = APIRouter(
+    prefix="/admin",
+    dependencies=[Security(bearer)],
+    responses={
+        "4XX": {"model": ErrorOut, "description": "The request cannot be granted; the message says why."},
+        "5XX": {
+            "model": ErrorOut,
+            "description": "503 with Retry-After: Postgres or Temporal is away. 500: our mistake.",
+        },
+    },
+)
 router.include_router(tenancy.router, tags=["tenancy"])
 router.include_router(catalog.router, tags=["catalog"])
 router.include_router(nodes.router, tags=["nodes"])

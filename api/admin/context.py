@@ -70,6 +70,16 @@ Admin = Annotated[AdminContext, Depends(_context)]
 bearer = HTTPBearer(auto_error=False, scheme_name="admin token", description="The service token, `adm_…`.")
 
 
+# No connection, one that broke, a server that is stopping or starting, or one that is full.
+_DATABASE_AWAY = (
+    OSError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+)
+
+
 class AdminRoute(APIRoute):
     """Lets a request in by the service token only, and turns a database that is away into a 503."""
 
@@ -81,7 +91,9 @@ class AdminRoute(APIRoute):
             check_token(request.headers.get("authorization", ""), _context(request).settings)
             try:
                 return await handle(request)
-            except (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError) as error:
+            except asyncpg.DataError:
+                raise  # An InterfaceError too, but our own mistake.
+            except _DATABASE_AWAY as error:
                 raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
 
         return guarded

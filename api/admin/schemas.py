@@ -25,6 +25,8 @@ class Body(BaseModel):
 class Page(BaseModel, Generic[Item]):
     """One page of a list."""
 
+    model_config = ConfigDict(json_schema_extra={"description": "One page of a list."})
+
     object: Literal["list"] = "list"
     data: list[Item]
     has_more: bool = Field(description="There are more; ask again with `after` set to `next_after`.")
@@ -36,6 +38,21 @@ def page(rows: Sequence[Row], limit: int, show: Callable[[Row], Item], cursor: C
     data = [show(row) for row in rows[:limit]]
     has_more = len(rows) > limit
     return Page(data=data, has_more=has_more, next_after=cursor(data[-1]) if has_more else None)
+
+
+class ErrorObject(BaseModel):
+    """What is wrong, in OpenAI's words."""
+
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None = Field(description="The field or parameter at fault.")
+    code: str | None = Field(examples=["invalid_id"])
+
+
+class ErrorOut(BaseModel):
+    """The body of every refusal and failure."""
+
+    error: ErrorObject
 
 
 Limit = Annotated[int, Query(ge=1, le=200, description="Most items of one page.")]
