@@ -118,7 +118,8 @@ class Settings(BaseSettings):
             if value is None or len(value.get_secret_value()) < least:
                 raise ValueError(
                     f"CROSSLOGIC_{name.upper()} must be set to at least {least} characters (or set "
-                    "CROSSLOGIC_MODE=dev on your own machine); make one with: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
+                    "CROSSLOGIC_MODE=dev on your own machine); make one with: "
+                    "python3 -c 'import secrets; print(secrets.token_urlsafe(32))'"
                 )
         return self
 
