@@ -16,7 +16,6 @@ import asyncpg
 import pytest
 import pytest_asyncio
 import redis.asyncio as aioredis
-from pydantic import SecretStr
 from temporalio.client import Client
 
 from crosslogic.clients import temporal
@@ -136,7 +135,7 @@ async def database(postgres: Postgres) -> AsyncIterator[str]:
     name = f"test_{uuid4().hex}"
     admin = await asyncpg.connect(postgres.url_of("postgres"))
     try:
-        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
         yield postgres.url_of(name)
         await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     finally:
@@ -181,6 +180,6 @@ async def temporal_client(temporal_server: Temporal) -> Client:
 
 def make_settings(**values: Any) -> Settings:
     """Settings of a test: dev mode and a local cloud, the rest as given. The environment has no say."""
-    secret = ("database_url", "redis_url", "node_secret", "admin_token", "local_cloud_token")
-    given = {name: SecretStr(value) if name in secret else value for name, value in values.items()}
-    return Settings(**{"mode": "dev", "cloud_provider": "local", "local_cloud_token": SecretStr("test-token")} | given)
+    return Settings.model_validate(
+        {"mode": "dev", "cloud_provider": "local", "local_cloud_token": "test-token", **values}
+    )
