@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         _become_temporal(State.at(words.state), words.rest)
     if words.command == "skypilot":
         _become_skypilot(words.rest)
-    _become_module("crosslogic.cli", [*at, words.command, *words.rest])
+    return _become_module("crosslogic.cli", [*at, words.command, *words.rest])
 
 
 def _become_module(module: str, arguments: Sequence[str]) -> NoReturn:

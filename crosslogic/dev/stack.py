@@ -40,7 +40,7 @@ _GOOD_LIFE_S = 30.0  # A part that has lived this long is started again without 
 _POLL_S = 0.05
 _OURS_GRACE_S = 2  # For running requests and activities.
 # Who uses a server stops before it does, each with its grace in seconds; everything is gone 5 s after the signal.
-_STOP_ORDER = ((("api", "worker"), 2.6), (("local-cloud",), 1.1), (("temporal", "valkey", "postgres"), 0.8))
+_STOP_ORDER = ((("api", "worker"), 2.6), (("local-cloud", "temporal", "valkey", "postgres"), 1.9))
 _LARGEST_LOG = 20_000_000  # bytes; a larger one is put aside at the next start
 
 
