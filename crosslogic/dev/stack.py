@@ -378,7 +378,7 @@ class Stack:
             f"""
 CrossLogic Inference Cloud is up ({self.screen.elapsed_s:.1f} s).
 
-  API          {endpoints["api"]}      (OpenAPI: {endpoints["api"]}/docs)
+  API          {endpoints["api"]}      (OpenAPI: {endpoints["api"]}/openapi.json)
   Temporal UI  {endpoints["temporal_ui"]}
   Demo key     {DEMO_KEY}
   Logs         {_shown(self.state.logs)}
