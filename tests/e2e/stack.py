@@ -41,7 +41,7 @@ def eventually(look: Callable[[], T], *, within_s: float, what: str) -> T:
             if found:
                 return found
             last = found
-        except (httpx.HTTPError, OSError, LookupError, ValueError) as error:
+        except (httpx.HTTPError, OSError, LookupError, ValueError, psutil.Error) as error:
             last = error
         time.sleep(0.1)
     raise AssertionError(f"not within {within_s} s: {what}; last seen: {last!r}")

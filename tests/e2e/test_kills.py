@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import psutil
@@ -40,6 +41,16 @@ def engine_of(node: dict[str, object]) -> psutil.Process:
     raise LookupError(f"no engine on port {port}")
 
 
+def wait_for_replacement(stack: Stack, node_id: str) -> list[dict[str, Any]]:
+    """Three chat nodes that serve, and the one that was killed is none of them."""
+
+    def look() -> list[dict[str, Any]]:
+        nodes = stack.nodes(state="ready", model="llama-3-8b")
+        return nodes if len(nodes) == 3 and node_id not in {node["id"] for node in nodes} else []
+
+    return eventually(look, within_s=90, what=f"a replacement of {node_id}")
+
+
 class TestEngine:
     def test_a_killed_engine_is_routed_around_and_replaced(self, own: tuple[Stack, str]) -> None:
         stack, key = own
@@ -48,8 +59,7 @@ class TestEngine:
         answers = [stack.ask("hi", key=key, max_tokens=2) for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 6, "no client may notice"
         assert victim["id"] not in {answer.headers["x-crosslogic-node"] for answer in answers}
-        nodes = stack.wait_for_nodes(3, model="llama-3-8b")
-        assert victim["id"] not in {node["id"] for node in nodes}
+        nodes = wait_for_replacement(stack, victim["id"])
         shown = json.loads(stack.command("nodes", "show", str(victim["id"]), "--json").stdout)
         assert shown["state"] in ("lost", "failed")
         ended = stack.temporal("workflow", "result", "--workflow-id", f"node/{victim['id']}", "-o", "json")
@@ -78,13 +88,14 @@ class TestEngine:
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.stream("POST", f"{stack.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as answer:
             for line in answer.iter_lines():
-                if line.startswith("data: "):
-                    events.append(line)
+                if not line.startswith("data: "):
+                    continue
+                events.append(line)
                 if len(events) == 10:
                     engine_of(nodes[answer.headers["x-crosslogic-node"]]).kill()
         assert "stream_cut" in events[-1]
         assert "[DONE]" not in events[-1]
-        stack.wait_for_nodes(3, model="llama-3-8b")
+        wait_for_replacement(stack, answer.headers["x-crosslogic-node"])
 
 
 class Load:
@@ -139,11 +150,7 @@ class TestParts:
         # What the part does works again: a node dies and is replaced.
         victim = stack.nodes(state="ready", model="llama-3-8b", region="us-east")[0]
         engine_of(victim).kill()
-        eventually(
-            lambda: stack.nodes(state="ready", model="llama-3-8b", region="us-east")[0]["id"] != victim["id"],
-            within_s=90,
-            what="a replacement",
-        )
+        wait_for_replacement(stack, victim["id"])
         after = {node["id"] for node in stack.nodes(state="ready")}
         assert before - {victim["id"]} == before & after, "no other node may have been touched"
 
@@ -212,12 +219,7 @@ class TestZombie:
         process = engine_of(victim)
         os.kill(process.pid, signal.SIGSTOP)
         try:
-            eventually(
-                lambda: victim["id"] not in {node["id"] for node in stack.nodes(state="ready")},
-                within_s=60,
-                what="the silent node to leave",
-            )
-            stack.wait_for_nodes(3, model="llama-3-8b")
+            wait_for_replacement(stack, victim["id"])
         finally:
             if process.is_running():
                 process.kill()
