@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from crosslogic.domain.errors import Rejected, Unavailable
+from crosslogic.domain.keys import redact
 
 _TYPES = {
     401: "authentication_error",
@@ -37,7 +38,8 @@ def error_body(error: BaseException, request_id: str = "") -> tuple[int, dict[st
 def error_object(status: int, message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     """The body alone, for a status of 400 or more."""
     kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    shown = None if param is None else redact(param)
+    return {"error": {"message": redact(message), "type": kind, "param": shown, "code": code}}
 
 
 def _headers(error: Rejected | Unavailable) -> dict[str, str]:

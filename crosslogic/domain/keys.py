@@ -22,6 +22,8 @@ _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _RANDOM_LENGTH = 26
 _CHECKSUM_LENGTH = 6  # 62⁶ > 2³²
 _HINT_LENGTH = 4
+# What could be a secret or a part of one, wherever it turns up.
+_TRACE = re.compile(r"(sk_(?:dev|staging|prod)_)[0-9A-Za-z]{6,}", re.ASCII)
 _FORM = re.compile(r"sk_(?:dev|staging|prod)_[0-9A-Za-z]{32}", re.ASCII)
 
 
@@ -82,6 +84,11 @@ def is_demo(secret: str) -> bool:
 def hash_secret(secret: str) -> bytes:
     """The 32 bytes under which a key is stored and found. Any text has one: look-ups need no check of the form."""
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+
+
+def redact(text: str) -> str:
+    """The text without any secret: an error repeats what it was sent, and people send secrets where ids belong (H9)."""
+    return _TRACE.sub(r"\1…", text)
 
 
 def hint_of(secret: str) -> str:

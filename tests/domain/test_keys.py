@@ -18,6 +18,7 @@ from crosslogic.domain.keys import (
     is_demo,
     is_well_formed,
     mint,
+    redact,
     role_allows,
 )
 
@@ -110,6 +111,18 @@ class TestHint:
         secret = mint("dev", random_bytes)
         assert hint_of(secret) == secret[-4:]
         assert hint_of(secret) in secret[-6:]
+
+
+class TestRedact:
+    @given(ENVIRONMENTS, RANDOM, st.integers(12, 45))
+    def test_cuts_secrets_and_their_beginnings(self, environment: str, random_bytes: bytes, length: int) -> None:
+        part = mint(environment, random_bytes)[: length + len(environment)]
+        shown = redact(f"There is no org {part!r}, nor {part}.")
+        assert shown == f"There is no org 'sk_{environment}_…', nor sk_{environment}_…."
+
+    def test_leaves_the_rest_alone(self) -> None:
+        text = "sk_dev_demo, sk_<env>_<random> and key_01h455vb4pex5vsknk084sn02q"
+        assert redact(text) == text
 
 
 class TestRoleAllows:
