@@ -41,6 +41,8 @@ _DAY_TTL_MS: Final = DAY.bucket_ms * (DAY.buckets + 2)
 _MONTH_TTL_MS: Final = 32 * 86_400_000
 # Renewals that go into one call, so that no call keeps Valkey busy for long.
 _RENEWED_AT_ONCE: Final = 200
+# Sequences of subjects kept ready, one for each principal that is active.
+_MOST_PREPARED: Final = 20_000
 # Endings that wait for Valkey to come back; beyond that the oldest are left to expire.
 _MOST_OWED: Final = 100_000
 
@@ -65,6 +67,7 @@ class LimitBook:
         self._alone = Book(hold_ms)
         self._is_alone = False
         self._month = Month.at(0)
+        self._prepared: dict[int, tuple[Sequence[Limited], list[Limited], msgspec.Raw]] = {}
         self._open: set[str] = set()
         self._owed: dict[str, tuple[str, tuple[int, ...]]] = {}
 
@@ -79,14 +82,14 @@ class LimitBook:
         """Hold an estimate at every layer, or at none and say why. Ids are never used twice.
 
         The hold expires unless it is renewed: then its tokens and spend are given back, and the request itself stays
-        counted. Layers without any limit cost nothing.
+        counted. Layers without any limit cost nothing. Pass a principal's `subjects` as one object that never changes:
+        its form on the wire is kept.
         """
-        limited = [pair for pair in subjects if pair[1].is_limited]
+        limited, wire = self._prepare(subjects)
         if not limited:
             return Placed(Standing())
         month = self._month_at(now_ms)
         tokens, spend = min(max(tokens, 1), _MOST), min(max(spend_microdollars, 1), _MOST)
-        wire = [self._wire(subject, limits) for subject, limits in limited]
         given = (tokens, spend, month.number, month.ends_ms, now_ms + self._hold_ms, wire)
         try:
             reply: list[int] = await self._call("place", now_ms, [self._hold_prefix + hold_id], given)
@@ -170,6 +173,18 @@ class LimitBook:
 
     async def _call(self, operation: str, now_ms: int, keys: Sequence[str], given: tuple[Any, ...]) -> Any:
         return await self._pipeline.evaluate(_SCRIPT, keys, (operation, now_ms, _pack(given)))
+
+    def _prepare(self, subjects: Sequence[Limited]) -> tuple[list[Limited], msgspec.Raw]:
+        """The subjects that have limits, and those as limits.lua reads them; made once for a sequence."""
+        known = self._prepared.get(id(subjects))
+        if known is None or known[0] is not subjects:
+            limited = [pair for pair in subjects if pair[1].is_limited]
+            wire = msgspec.Raw(_pack([self._wire(subject, limits) for subject, limits in limited]))
+            if len(self._prepared) >= _MOST_PREPARED:
+                self._prepared.clear()
+            # The sequence is kept as well, so that no other can have its id.
+            known = self._prepared[id(subjects)] = (subjects, limited, wire)
+        return known[1], known[2]
 
     def _wire(self, subject: Subject, limits: LayerLimits) -> tuple[str | int, ...]:
         """A subject as limits.lua reads it."""
