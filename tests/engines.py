@@ -27,6 +27,7 @@ class Exchange:
     headers: dict[str, str]
     raw: bytes
     connection: _Connection
+    came_at: float
     closed_at: float | None = None
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -290,7 +291,7 @@ class _Connection(asyncio.Protocol):
             return
         self._buffer = rest[length:]
         method, path, _ = first.split(" ")
-        exchange = Exchange(method, path, headers, rest[:length], self)
+        exchange = Exchange(method, path, headers, rest[:length], self, asyncio.get_running_loop().time())
         self._current = exchange
         plan = self._engine.take(exchange)
         self._task = asyncio.get_running_loop().create_task(self._run(plan, exchange))
@@ -345,7 +346,7 @@ def fails(status: int, document: Any = None, *headers: str) -> Plan:
 
 
 def says(*pieces: bytes, pause_s: float = 0.0, then: Plan | None = None) -> Plan:
-    """A stream of exactly these bytes, each piece in a chunk of its own; ended properly unless `then` says otherwise."""
+    """A stream of exactly these bytes, each piece in a chunk of its own; ended properly unless `then` differs."""
 
     async def plan(exchange: Exchange) -> None:
         exchange.begin_stream()

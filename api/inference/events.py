@@ -47,16 +47,15 @@ class EventStream:
         if b"\r" in data:
             # JSON has no raw carriage return, so these end lines; one at the very end waits for what follows.
             data = data.replace(b"\r\n", b"\n")
-        cut = data.rfind(b"\n\n") + 2
-        if cut < len(data):
-            self._tail = data[cut:] if cut > 1 else data
-            if len(self._tail) > LONGEST_EVENT_BYTES:
-                raise NodeFailure(FailureKind.GARBAGE, "endless event")
-            if cut == 1:
-                return b""
+        end = data.rfind(b"\n\n")
+        cut = end + 2 if end >= 0 else 0
+        self._tail = data[cut:]
+        if len(self._tail) > LONGEST_EVENT_BYTES:
+            raise NodeFailure(FailureKind.GARBAGE, "endless event")
+        if not cut:
+            return b""
+        if self._tail:
             data = data[:cut]
-        else:
-            self._tail = b""
         if self._foreign_name is None:
             found = _MODEL.search(data)
             if found is not None:

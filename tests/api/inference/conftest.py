@@ -19,15 +19,14 @@ import uvicorn
 import uvloop
 
 from api.app import create_app
+from crosslogic.dev.postgres import Postgres
+from crosslogic.dev.valkey import Valkey
 from crosslogic.domain import ids, keys
 from crosslogic.domain.tenancy import GLOBAL_SUBJECT
 from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
-from crosslogic.store.migrations import migrate
-from tests.api.inference.servers import Postgres, Valkey
+from tests.conftest import TEMPLATE
 from tests.engines import Engine
-
-TEMPLATE = "template_migrated"
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, Callable[[], Any]]:
@@ -35,41 +34,14 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> M
     return {"uvloop": uvloop.new_event_loop}
 
 
-@pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    """One for all tests, with a migrated database to copy."""
-    server = Postgres(tmp_path_factory.mktemp("servers") / "postgres")
-    server.start()
-
-    async def prepare() -> None:
-        connection = await asyncpg.connect(server.url())
-        await connection.execute(f"CREATE DATABASE {TEMPLATE}")
-        await connection.close()
-        await migrate(server.url(TEMPLATE))
-
-    asyncio.run(prepare())
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    """One for all tests; each has a prefix of its own."""
-    server = Valkey(tmp_path_factory.mktemp("servers") / "valkey")
-    server.start()
-    yield server
-    server.stop()
-
-
 @pytest.fixture
-async def database_url(postgres_server: Postgres) -> AsyncIterator[str]:
-    """A migrated database of the test's own."""
+async def database_url(postgres: Postgres) -> str:
+    """A migrated database of the test's own; it goes with the server, because dropping it costs more than the test."""
     name = f"t_{os.urandom(6).hex()}"
-    connection = await asyncpg.connect(postgres_server.url())
+    connection = await asyncpg.connect(postgres.url_of("postgres"))
     await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    yield postgres_server.url(name)
-    await connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
     await connection.close()
+    return postgres.url_of(name)
 
 
 @pytest.fixture
@@ -312,7 +284,7 @@ async def fleet(database_url: str) -> AsyncIterator[Fleet]:
 
 
 @pytest.fixture
-def settings_of(database_url: str, valkey_server: Valkey, tmp_path: Path) -> Callable[..., Settings]:
+def settings_of(database_url: str, valkey: Valkey, tmp_path: Path) -> Callable[..., Settings]:
     """Settings with short deadlines; a test names those that matter to it."""
 
     def make(**values: Any) -> Settings:
@@ -320,7 +292,7 @@ def settings_of(database_url: str, valkey_server: Valkey, tmp_path: Path) -> Cal
             "mode": "dev",
             "state_dir": tmp_path / "state",
             "database_url": database_url,
-            "redis_url": valkey_server.url,
+            "redis_url": valkey.url,
             "redis_prefix": f"t{os.urandom(4).hex()}:",
             "connect_timeout_s": 0.5,
             "first_byte_timeout_s": 5,
