@@ -8,7 +8,7 @@ import gc
 import hmac
 import logging
 import ssl
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ def create_app(settings: Settings) -> CrossLogicAPI:
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncIterator[None]:
+async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[None]:
     secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
     pool = await database.connect(settings, at_once=0)
     redis = redis_connection.connect(settings)

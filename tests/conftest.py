@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -79,7 +79,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(part: Part, folder: Path) -> Iterator[Server]:
+def serving(part: Part, folder: Path) -> Generator[Server]:
     """The server, while it is needed."""
     server = Server(part, folder / f"{part.name}.log")
     try:
