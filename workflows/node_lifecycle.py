@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, is_cancelled_exception
@@ -70,8 +71,9 @@ class NodeLifecycle:
         self._story = Story("Taking care of a node")
 
     @workflow.signal(name=DRAIN)
-    def drain(self, reason: str = "") -> None:
-        """Retire the node. Repeating it changes nothing."""
+    def drain(self, reason: Any = "") -> None:
+        """Retire the node. Repeating it changes nothing. `reason` is a text or left out."""
+        # Not typed as text: a payload of another type would make the SDK drop the signal, and with it the drain.
         self._drain_reason = self._drain_reason or reason or "drained by an operator"
 
     @workflow.signal(name=LOOK_AGAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, FailureError, WorkflowAlreadyStartedError
@@ -63,8 +64,9 @@ class NodeProvisioning:
         self._story = Story("Starting a node")
 
     @workflow.signal(name=DRAIN)
-    def drain(self, reason: str = "") -> None:
-        """Stop: undo what there is, or drain the node when it serves already."""
+    def drain(self, reason: Any = "") -> None:
+        """Stop: undo what there is, or drain the node when it serves already. `reason` is a text or left out."""
+        # Not typed as text: a payload of another type would make the SDK drop the signal, and with it the drain.
         self._stop_reason = self._stop_reason or reason or "drained by an operator"
 
     @workflow.query(name=STATE)
