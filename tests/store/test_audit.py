@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
@@ -12,12 +11,6 @@ import pytest_asyncio
 from crosslogic.store.audit import AuditStore
 
 RECORDS = 12
-
-
-@pytest_asyncio.fixture
-async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    async with asyncpg.create_pool(database, min_size=1, max_size=8) as opened:
-        yield opened
 
 
 @pytest_asyncio.fixture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -18,12 +17,6 @@ from crosslogic.store.audit import AuditStore
 from crosslogic.store.tenancy import TenancyStore
 
 ACTOR = "a test"
-
-
-@pytest_asyncio.fixture
-async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    async with asyncpg.create_pool(database, min_size=1, max_size=6) as opened:
-        yield opened
 
 
 @dataclass
