@@ -34,14 +34,27 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> M
     return {"uvloop": uvloop.new_event_loop}
 
 
-@pytest.fixture
-async def database_url(postgres: Postgres) -> str:
-    """A migrated database of the test's own; it goes with the server, because dropping it costs more than the test."""
-    name = f"t_{os.urandom(6).hex()}"
-    connection = await asyncpg.connect(postgres.url_of("postgres"))
-    await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    await connection.close()
+@pytest.fixture(scope="session")
+def shared_database(postgres: Postgres) -> str:
+    """One migrated database for all these tests: emptying it is much faster than making another."""
+    name = f"inference_{os.urandom(4).hex()}"
+
+    async def make() -> None:
+        connection = await asyncpg.connect(postgres.url_of("postgres"))
+        await connection.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+        await connection.close()
+
+    asyncio.run(make())
     return postgres.url_of(name)
+
+
+@pytest.fixture
+async def database_url(shared_database: str) -> str:
+    """A migrated database that holds nothing but the catalog."""
+    connection = await asyncpg.connect(shared_database)
+    await connection.execute("TRUNCATE usage_records, nodes, limits, keys, environments, orgs, deployments CASCADE")
+    await connection.close()
+    return shared_database
 
 
 @pytest.fixture

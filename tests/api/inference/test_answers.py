@@ -268,8 +268,8 @@ class TestOtherEndpoints:
         api = await make_api()
         document = (await api.http.get("/openapi.json")).json()
         assert {
-            "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}", "/v1/usage",
-            "/healthz", "/readyz", "/metrics",
+            "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/{model}",
+            "/v1/usage", "/healthz", "/readyz", "/metrics",
         } <= set(document["paths"])  # fmt: skip
         assert document["openapi"].startswith("3.1")
         _check_references(document, document)

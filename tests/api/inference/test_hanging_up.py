@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -102,14 +104,20 @@ class TestH1:
         assert engine.requests == []
 
     async def test_while_connecting(self, make_api: MakeApi, engine: Engine) -> None:
-        # Nobody answers there; connecting takes until its deadline.
-        api = await make_api("http://10.255.255.1:9", connect_timeout_s=30)
-        client = await api.open(STREAM)
-        await asyncio.sleep(0.2)
-        client.hang_up()
-        record = await api.fleet.record()
-        if record["outcome"] == "failed":
-            pytest.fail("this machine refuses what should be a black hole")
+        # A listener whose queue is full drops what comes next: connecting takes until its deadline.
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(4):
+                filler = stack.enter_context(socket.socket())
+                filler.setblocking(False)
+                filler.connect_ex(listener.getsockname())
+            api = await make_api(f"http://127.0.0.1:{listener.getsockname()[1]}", connect_timeout_s=30)
+            client = await api.open(STREAM)
+            await asyncio.sleep(0.2)
+            client.hang_up()
+            record = await api.fleet.record()
         assert (record["outcome"], record["prompt_tokens"]) == ("client_gone", 0)
         assert record["latency_ms"] < 1000
 
