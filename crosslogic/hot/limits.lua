@@ -2,7 +2,7 @@
 --
 -- The rules are those of crosslogic/domain/limits.py (`Book`), which a property test compares with this file.
 -- KEYS: the records of the holds concerned. ARGV: what to do, the time in Unix ms, its arguments in MessagePack.
--- A hold's record names its subjects, so their keys are not passed again: this needs one primary, or one hash slot.
+-- A hold's record names its subjects, so their keys are not passed again: this needs one primary, not a cluster.
 --
 -- What is kept:
 --   a subject, "<key>"        4 maps of bucket -> amount: requests/min, tokens/min, tokens/day, spend by month
