@@ -50,8 +50,8 @@ _MOST_OWED: Final = 100_000
 class LimitBook:
     """Places, settles, releases and renews holds; every decision is one atomic step over all layers, or none of it.
 
-    Assumes a single Valkey primary, not a cluster: the keys of one call belong to several subjects, so they do not share
-    a slot. A failover may lose the last instants: holds of theirs expire, and settling what is unknown has no effect.
+    Assumes a single Valkey primary, not a cluster: the keys of one call belong to several subjects, so they do not
+    share a slot. A failover may lose the last instants: settling what it no longer knows has no effect.
 
     While Valkey cannot be reached each process decides alone, in a book of its own that starts from nothing and is kept
     from one outage to the next. Overshoot: with N processes at most (N + 1) × the limit is admitted within a window,
