@@ -90,7 +90,13 @@ def _become_module(module: str, arguments: Sequence[str]) -> NoReturn:
     """Become a module of the project, which finds the project wherever the user stands, and nothing that lies there."""
     python = bootstrap.ensure(_RUN_LOCK)
     path = [str(bootstrap.ROOT), os.environ.get("PYTHONPATH", "")]
-    _become([str(python), "-P", "-m", module, *arguments], {"PYTHONPATH": os.pathsep.join(filter(None, path))})
+    changes = {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        # Compiling takes half of a start. Where nobody wants compiled files (images often say so), they lie in .venv.
+        "PYTHONDONTWRITEBYTECODE": "",
+        "PYTHONPYCACHEPREFIX": str(bootstrap.environment_of(_RUN_LOCK) / "pycache"),
+    }
+    _become([str(python), "-P", "-m", module, *arguments], changes)
 
 
 def _become_temporal(state: State, arguments: Sequence[str]) -> NoReturn:
