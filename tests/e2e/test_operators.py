@@ -44,11 +44,7 @@ class TestProvisioning:
         assert started.returncode == 0, started.stderr
         ready = result(stack, "by-hand/1")
         assert ready["state"] == "ready"
-        answer = eventually(
-            lambda: found if (found := stack.ask("hi", model="llama-7b@eu-west;strict")).status_code == 200 else None,
-            within_s=5,
-            what="an answer from the new node",
-        )
+        answer = stack.ask_until_answered(within_s=5, model="llama-7b@eu-west;strict")
         assert answer.headers["x-crosslogic-node"] == ready["node_id"]
 
         described = describe(stack, f"node/{ready['node_id']}")
@@ -111,11 +107,7 @@ class TestJoin:
         assert joined.returncode == 0, joined.stderr + joined.stdout
         found = re.search(r"node_[0-9a-z]{26}", joined.stdout)
         assert found
-        answer = eventually(
-            lambda: got if (got := stack.ask("hi", model="qwen-2.5-7b")).status_code == 200 else None,
-            within_s=20,
-            what="an answer from the joined node",
-        )
+        answer = stack.ask_until_answered(within_s=20, model="qwen-2.5-7b")
         assert answer.headers["x-crosslogic-node"] == found[0]
         assert answer.headers["x-crosslogic-region"] == "ap-southeast"
         stack.command("nodes", "drain", found[0])
