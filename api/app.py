@@ -21,7 +21,7 @@ from api import admin, error_handlers
 from api.admin.context import AdminContext
 from api.feeds import Feeds
 from api.inference import metering, openapi
-from api.inference.auth import KeyRing
+from api.inference.auth import KeyRing, within
 from api.inference.limits import Limits
 from api.inference.metering import Shipper, UsageLog
 from api.inference.observing import Observer
@@ -154,18 +154,17 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         app.inference = None
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=2)
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(2):
-                while await shipper.ship_once():
-                    pass
+            while await within(2, shipper.ship_once()):
+                pass
         with contextlib.suppress(OSError):
             usage_log.close()
         table.close()
         await redis.aclose()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1):
-                await pool.close()
+            await within(1, pool.close())
+        pool.terminate()
 
 
 def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:

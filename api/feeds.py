@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from api.inference.auth import KeyRing
+from api.inference.auth import KeyRing, within
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
 from crosslogic.hot.routes import RouteBoard
@@ -62,8 +62,7 @@ class Feeds:
 
     async def poll_once(self) -> None:
         """Read what has moved since the last poll. Raises what the stores raise."""
-        async with asyncio.timeout(POLL_TIMEOUT_S):
-            counters = await self._changes.read()
+        counters = await within(POLL_TIMEOUT_S, self._changes.read())
         failure: Exception | None = None
         for noun, read in self._readers.items():
             seq = counters.get(noun, 0)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from api.inference.auth import within
 from crosslogic.domain import ids
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.tenancy import Principal
 from crosslogic.store.usage import UsageStore
 
 LONGEST_SPAN = timedelta(days=400)
+READ_TIMEOUT_S = 10.0
 
 
 async def summarize(
@@ -28,7 +30,7 @@ async def summarize(
             f"end must be after start, by at most {LONGEST_SPAN.days} days.", code="invalid_range", param="end"
         )
     try:
-        rows = await store.sum_environment(principal.environment_id, start_at, end_at)
+        rows = await within(READ_TIMEOUT_S, store.sum_environment(principal.environment_id, start_at, end_at))
     except Exception as error:
         raise Unavailable("Usage cannot be read at the moment; try again.", retry_after_s=5) from error
     totals = {

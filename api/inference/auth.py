@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.keys import is_demo, is_well_formed
@@ -22,6 +22,25 @@ MOST_PRINCIPALS = 100_000
 MOST_STRANGERS = 10_000
 # Keys that nobody has asked for yet wait so long for Postgres.
 LOOK_UP_TIMEOUT_S = 3.0
+
+
+T = TypeVar("T")
+
+
+async def within(timeout_s: float, asked: Awaitable[T]) -> T:
+    """The answer, or TimeoutError after `timeout_s` whatever becomes of the question.
+
+    `asyncio.timeout` waits for what it cancels, and a cancelled query waits for the server, be it frozen.
+    """
+    task = asyncio.ensure_future(asked)
+    try:
+        await asyncio.wait((task,), timeout=timeout_s)
+    finally:
+        if not task.done():
+            task.cancel()
+    if not task.done():
+        raise TimeoutError
+    return task.result()
 
 
 class Clock(Protocol):
@@ -76,8 +95,7 @@ class KeyRing:
         while digest not in self._strangers:
             epoch = self._epoch
             try:
-                async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
-                    found = await self._find([digest])
+                found = await within(LOOK_UP_TIMEOUT_S, self._find([digest]))
             except Exception as error:
                 raise Unavailable("Keys cannot be checked at the moment; try again.", retry_after_s=2) from error
             if epoch != self._epoch:

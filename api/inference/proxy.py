@@ -511,7 +511,7 @@ class Relay:
         usage = document.get("usage")
         relayed.ttft_s = self._loop.time() - relayed.started_at
         counts = usage_tokens(cast("dict[str, Any]", usage) if isinstance(usage, dict) else None)
-        relayed.charge(counts, 0 if counts else answer_bytes(document) // BYTES_PER_TOKEN)
+        relayed.charge(counts, answer_bytes(document) // BYTES_PER_TOKEN)
         if "timings" in document or document.get("model") != relayed.model.name or relayed.call.is_query_form:
             document.pop("timings", None)
             document["model"] = relayed.model.name
