@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import ssl
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,28 +26,26 @@ if TYPE_CHECKING:
 TIMEOUT_S = 30.0
 PAGE_SIZE = 200
 
-StateOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--state",
-        help="State directory of the embedded stack, which says where its API is.",
-        envvar="CROSSLOGIC_STATE_DIR",
-    ),
-]
-ApiOption = Annotated[
-    str | None,
-    typer.Option("--api", help="The API's URL, instead of a state directory's.", envvar="CROSSLOGIC_API_URL"),
-]
-TokenOption = Annotated[
-    str | None, typer.Option("--token", help="The admin token.", envvar="CROSSLOGIC_ADMIN_TOKEN", show_envvar=True)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_STATE = "State directory of the embedded stack, which says where its API is."
+_API = "The API's URL, instead of a state directory's."
+_TOKEN = "The admin token."
+_JSON = "Print JSON, for programs."
+
+# Before the command: the environment counts here, so that it never outweighs an option that was written.
+StateDefault = Annotated[Path | None, typer.Option("--state", help=_STATE, envvar="CROSSLOGIC_STATE_DIR")]
+ApiDefault = Annotated[str | None, typer.Option("--api", help=_API, envvar="CROSSLOGIC_API_URL")]
+TokenDefault = Annotated[str | None, typer.Option("--token", help=_TOKEN, envvar="CROSSLOGIC_ADMIN_TOKEN")]
+# After it.
+StateOption = Annotated[Path | None, typer.Option("--state", help=_STATE)]
+ApiOption = Annotated[str | None, typer.Option("--api", help=_API)]
+TokenOption = Annotated[str | None, typer.Option("--token", help=_TOKEN)]
+JsonOption = Annotated[bool, typer.Option("--json", help=_JSON)]
 
 _defaults: dict[str, Any] = {}
 
 
 def connection_defaults(
-    state: StateOption = None, api: ApiOption = None, token: TokenOption = None, is_json: JsonOption = False
+    state: StateDefault = None, api: ApiDefault = None, token: TokenDefault = None, is_json: JsonOption = False
 ) -> None:
     """Administer CrossLogic Inference Cloud through its admin API."""
     _defaults.update(state=state, api=api, token=token, is_json=is_json)
@@ -70,6 +69,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
         @functools.wraps(function)
         def run(**values: Any) -> None:
             given = {option.name: values.pop(option.name) for option in common}
+            if given["state"] is not None and given["api"] is None:
+                _defaults["api"] = None  # What was said last and nearest counts.
             session = Session(**{option: value or _defaults.get(option) for option, value in given.items()})
             try:
                 function(session, **values)
@@ -162,10 +163,12 @@ class Session:
     ) -> dict[str, Any]:
         httpx = _import_httpx()
         url = self._url()
+        # A proxy of the environment is for the world outside, not for this machine.
         is_local = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
+        # Without TLS no authorities are needed, and loading them takes a while; this context trusts none.
+        verify = url.startswith("https://") or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            # A proxy of the environment is for the world outside, not for this machine.
-            with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=not is_local) as client:
+            with httpx.Client(base_url=url, timeout=TIMEOUT_S, trust_env=not is_local, verify=verify) as client:
                 answer = client.request(
                     method,
                     f"/admin{path}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -33,6 +32,8 @@ def setup(
 
     Where Postgres and Temporal are is taken from the CROSSLOGIC_… settings. Running it again is harmless.
     """
+    import asyncio
+
     from pydantic import ValidationError
 
     from crosslogic.domain.errors import CrossLogicError
@@ -92,6 +93,8 @@ async def _run(settings: Settings, wait_s: float) -> None:
 
 async def _wait_for(what: str, deadline: float, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
     """The first answer before the deadline. Raises the last Unavailable after it."""
+    import asyncio
+
     from crosslogic.domain.errors import Unavailable
 
     is_first = True
