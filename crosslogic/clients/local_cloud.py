@@ -18,10 +18,10 @@ _TIMEOUT_S = 5.0  # It runs on this machine and answers at once unless it is tol
 class LocalCloud:
     """The `Cloud` of `activities.cloud`. Every call is idempotent and raises Unavailable when no answer came."""
 
-    def __init__(self, url: str, token: str, node_secret: str) -> None:
+    def __init__(self, url: str, token: str, node_secret: str, timeout_s: float = _TIMEOUT_S) -> None:
         self._node_secret = node_secret
         self._http = httpx.AsyncClient(
-            base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=_TIMEOUT_S, trust_env=False
+            base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=timeout_s, trust_env=False
         )
 
     @classmethod
