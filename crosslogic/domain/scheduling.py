@@ -67,4 +67,5 @@ def ejection_s(failures_in_a_row: int, *, is_connection_failure: bool) -> float:
     excess = failures_in_a_row - (1 if is_connection_failure else FAILURES_BEFORE_EJECTION)
     if excess < 0:
         return 0.0
-    return min(LONGEST_EJECTION_S, FIRST_EJECTION_S * 2**excess)
+    # Beyond 2¹⁶ the longest is reached long since, and a float could not hold the power.
+    return min(LONGEST_EJECTION_S, FIRST_EJECTION_S * 2 ** min(excess, 16))
