@@ -25,7 +25,8 @@ from crosslogic.settings import Settings
 
 # Loaded once, outside the sandbox: they are deterministic or are only looked at for their signatures, and loading them
 # again for each workflow would trip the deadlock detector, which allows 2 s.
-PASSED_THROUGH = ("crosslogic.domain", "crosslogic.contracts", "activities")
+# redis: its finalizers import, and the garbage collector may run them in a workflow's thread.
+PASSED_THROUGH = ("crosslogic.domain", "crosslogic.contracts", "activities", "redis", "hiredis")
 
 
 class StrictPayloadConverter(temporalio.converter.CompositePayloadConverter):

@@ -211,7 +211,9 @@ def check_endpoint(url: str, *, is_loopback_allowed: bool) -> str:
         mapped = getattr(address, "ipv4_mapped", None)
         address = mapped or address
         is_loopback = address.is_loopback
-        if address.is_link_local or address.is_multicast or address.is_unspecified or address.is_reserved:
+        # Python counts ::1 among the reserved addresses.
+        is_reserved = address.is_reserved and not is_loopback
+        if address.is_link_local or address.is_multicast or address.is_unspecified or is_reserved:
             problem = "that address cannot be a node's"
     if parts.scheme not in ("http", "https") or not host:
         problem = "write https://HOST[:PORT]"
