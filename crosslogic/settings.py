@@ -59,6 +59,10 @@ class Settings(BaseSettings):
 
     api_host: str = Field(default="127.0.0.1", description="Address the API binds.")
     api_port: int = Field(default=8080, ge=1, le=65535, description="Port the API binds.")
+    api_url: str = Field(
+        default="",
+        description="Where the command line finds the API; empty: where the state directory's `endpoints.json` says.",
+    )
     admin_token: SecretStr | None = Field(
         default=None, description="Bearer token of the admin API; at least 24 characters."
     )
