@@ -211,7 +211,8 @@ class Engine:
         """Answer like an engine that is well."""
         body = exchange.body
         if exchange.path == "/v1/embeddings":
-            inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
+            asked = body["input"]
+            inputs = cast("list[Any]", asked) if isinstance(asked, list) else [asked]
             exchange.json(
                 {
                     "object": "list",
@@ -253,7 +254,8 @@ class Engine:
             if self.pace_s:
                 await asyncio.sleep(self.pace_s)
         exchange.event(chat_chunk(None, finish="stop") if is_chat else completion_chunk("", "stop"))
-        if (exchange.body.get("stream_options") or {}).get("include_usage"):
+        options: dict[str, Any] = exchange.body.get("stream_options") or {}
+        if options.get("include_usage"):
             usage = usage_of(self.prompt_tokens, len(self.words), self.cached_tokens)
             exchange.event({**chat_chunk(None), "choices": [], "usage": usage})
         exchange.end_stream()

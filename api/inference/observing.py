@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from crosslogic.domain.usage import Outcome
+
 if TYPE_CHECKING:
     from api.inference.proxy import Relayed
     from api.inference.upstream import FailureKind
@@ -18,6 +20,7 @@ class Observer:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._counters: dict[tuple[str, str, Outcome], tuple[Counter, Counter, Counter, Histogram]] = {}
         self._requests = Counter(
             "crosslogic_requests",
             "Admitted requests by how they ended.",
@@ -60,13 +63,24 @@ class Observer:
         """Count an admitted request that has ended."""
         model = relayed.model.name
         region = relayed.node.entry.region if relayed.node else ""
-        self._requests.labels(model, region, relayed.outcome.value).inc()
+        place = (model, region, relayed.outcome)
+        counters = self._counters.get(place)
+        if counters is None:
+            # Looking a series up by its labels costs more than counting in it.
+            counters = self._counters[place] = (
+                self._requests.labels(model, region, relayed.outcome.value),
+                self._tokens.labels(model, region, "prompt"),
+                self._tokens.labels(model, region, "completion"),
+                self._first.labels(model),
+            )
+        requests, prompt, completion, first = counters
+        requests.inc()
         if relayed.prompt_tokens:
-            self._tokens.labels(model, region, "prompt").inc(relayed.prompt_tokens)
+            prompt.inc(relayed.prompt_tokens)
         if relayed.completion_tokens:
-            self._tokens.labels(model, region, "completion").inc(relayed.completion_tokens)
+            completion.inc(relayed.completion_tokens)
         if relayed.ttft_s is not None:
-            self._first.labels(model).observe(relayed.ttft_s)
+            first.observe(relayed.ttft_s)
 
     def refused(self, code: str) -> None:
         """Count a request that was not admitted."""

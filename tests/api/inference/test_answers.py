@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
@@ -296,15 +296,16 @@ async def _embeds(api: Api) -> bool:
 
 def _check_references(node: Any, document: Any) -> None:
     if isinstance(node, dict):
-        reference = node.get("$ref")
+        fields = cast("dict[str, Any]", node)
+        reference = fields.get("$ref")
         if isinstance(reference, str):
             found = document
             for part in reference.removeprefix("#/").split("/"):
                 found = found[part]
-        for value in node.values():
+        for value in fields.values():
             _check_references(value, document)
     elif isinstance(node, list):
-        for value in node:
+        for value in cast("list[Any]", node):
             _check_references(value, document)
 
 

@@ -371,7 +371,7 @@ class TestWireForms:
             json.dumps({"model": "llama-7b", "messages": [{"role": "user"}], "stream": True}).encode()
         )
         await client.read_until(b"\r\n\r\n")
-        client.writer.transport.pause_reading()  # pyright: ignore[reportAttributeAccessIssue]
+        client.stop_reading()
         await asyncio.sleep(0.7)
         assert written < 24_000_000
         client.hang_up()

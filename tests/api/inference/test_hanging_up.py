@@ -82,7 +82,7 @@ class TestH1:
         api = await make_api(engine)
         client = await api.open(STREAM)
         await client.read_until(b"\r\n\r\n")
-        client.writer.transport.pause_reading()  # pyright: ignore[reportAttributeAccessIssue]
+        client.stop_reading()
         await asyncio.sleep(0.3)
         client.hang_up()
         record = await api.fleet.record()

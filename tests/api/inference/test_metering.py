@@ -85,9 +85,7 @@ class Ledger:
 
 def _die(log: UsageLog) -> Path:
     """What SIGKILL leaves: the files, and no lock."""
-    os.close(log._fd)
-    assert log._lock is not None
-    os.close(log._lock)
+    log.close()
     return log.directory
 
 
@@ -316,7 +314,7 @@ class TestRecover:
         log = UsageLog(tmp_path, "a", segment_bytes=10)
         # Seen only for its first segment, which is opened under the lock.
         assert others == ["a"]
-        assert log._lock is not None
+        assert log.segment == 1
 
     async def test_nothing_is_deleted_while_postgres_is_away(self, tmp_path: Path) -> None:
         log, ledger = UsageLog(tmp_path, "a"), Ledger()

@@ -28,9 +28,10 @@ from tests.engines import Engine
 
 def _signal(server: Server, number: int) -> None:
     """To the server and its children."""
-    assert server._process is not None
+    started = server._process  # pyright: ignore[reportPrivateUsage]
+    assert started is not None
     with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(server._process.pid)
+        parent = psutil.Process(started.pid)
         for process in (parent, *parent.children(recursive=True)):
             process.send_signal(number)
 

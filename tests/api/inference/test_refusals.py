@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -17,6 +18,7 @@ from tests.api.inference.conftest import Api, MakeApi, chat_body
 from tests.engines import Engine, fails, hang, reset, streams_then
 
 HI: Any = [{"role": "user", "content": "hi"}]
+FORMS: tuple[dict[str, Any], ...] = ({}, {"stream": True}, {"model": "nope"}, {"stream": "x"})
 
 
 async def _ask(api: Api, secret: str = "", model: str = "llama-7b") -> None:
@@ -120,7 +122,7 @@ class TestKeys:
         mistyped = secret[:-1] + ("a" if secret[-1] != "a" else "b")
         shown: list[str] = []
         for key in (secret, mistyped, keys.mint("dev", os.urandom(keys.RANDOM_BYTES))):
-            for fields in ({}, {"stream": True}, {"model": "nope"}, {"stream": "x"}):
+            for fields in FORMS:
                 answer = await api.chat(key=key, **fields)
                 shown.append(answer.text + str(answer.headers))
         await api.fleet.records(2)
@@ -147,7 +149,7 @@ class TestBodies:
     ) -> None:
         api = await make_api(engine, max_body_bytes=1000)
 
-        async def pieces() -> Any:
+        async def pieces() -> AsyncIterator[bytes]:
             for _ in range(40):
                 yield b"x" * 100
 
