@@ -28,10 +28,10 @@ class TestVerify:
         verdict = await AuditStore(pool).verify()
         assert (verdict.records, verdict.head, verdict.problem) == (0, bytes(32), "")
 
-    @pytest.mark.parametrize("batch", [1, 5, RECORDS, 1000])
-    async def test_an_untouched_log_is_intact(self, store: AuditStore, batch: int) -> None:
-        verdict = await store.verify(batch=batch)
-        assert (verdict.records, verdict.broken_seq, verdict.problem) == (RECORDS, None, "")
+    async def test_an_untouched_log_is_intact(self, store: AuditStore) -> None:
+        for batch in (1, 5, RECORDS, 1000):
+            verdict = await store.verify(batch=batch)
+            assert (verdict.records, verdict.broken_seq, verdict.problem) == (RECORDS, None, "")
 
     @pytest.mark.parametrize(
         "change",
@@ -44,15 +44,17 @@ class TestVerify:
             "details = '{}'",
         ],
     )
-    @pytest.mark.parametrize("seq", [1, 7, RECORDS])
-    async def test_names_the_record_that_was_altered(
-        self, store: AuditStore, pool: asyncpg.Pool, change: str, seq: int
-    ) -> None:
+    async def test_names_the_record_that_was_altered(self, store: AuditStore, pool: asyncpg.Pool, change: str) -> None:
         """H11: the table's owner altered one row with plain SQL."""
-        await pool.execute(f"UPDATE audit_log SET {change} WHERE seq = {seq}")
-        verdict = await store.verify(batch=5)
-        assert (verdict.records, verdict.broken_seq) == (seq - 1, seq)
-        assert verdict.problem == f"record {seq} was altered after it was written"
+        await pool.execute("CREATE TABLE kept AS TABLE audit_log")
+        for seq in (1, 7, RECORDS):
+            await pool.execute(f"UPDATE audit_log SET {change} WHERE seq = {seq}")
+            verdict = await store.verify(batch=5)
+            assert (verdict.records, verdict.broken_seq) == (seq - 1, seq)
+            assert verdict.problem == f"record {seq} was altered after it was written"
+            await pool.execute("TRUNCATE audit_log")
+            await pool.execute("INSERT INTO audit_log TABLE kept")
+            assert (await store.verify()).problem == ""
 
     @pytest.mark.parametrize("seq", [1, 7])
     async def test_names_the_record_that_was_removed(self, store: AuditStore, pool: asyncpg.Pool, seq: int) -> None:

@@ -81,17 +81,15 @@ class TestEnvironments:
         assert (made_one["home_region"], made_one["allowed_models"]) == ("us-east", ["llama-3-8b"])
         assert (made_one["org"], made_one["org_id"]) == ("acme", org["id"])
 
-    @pytest.mark.parametrize(
-        ("body", "expected"),
-        [
+    def test_what_is_not_there_is_refused(self, api: httpx.Client, org: Any) -> None:
+        cases: list[Any] = [
             ({"org": "nobody", "name": "dev"}, (404, "org_not_found")),
             ({"org": "acme", "name": "production"}, (400, "invalid_request")),
             ({"org": "acme", "name": "dev", "home_region": "atlantis"}, (400, "unknown_region")),
             ({"org": "acme", "name": "dev", "allowed_models": ["gpt-17"]}, (400, "model_not_found")),
-        ],
-    )
-    def test_what_is_not_there_is_refused(self, api: httpx.Client, org: Any, body: Any, expected: Any) -> None:
-        assert code_of(api.post("/environments", json=body)) == expected
+        ]
+        for body, expected in cases:
+            assert code_of(api.post("/environments", json=body)) == expected, body
 
     def test_a_repeated_creation_is_harmless_and_another_one_a_conflict(
         self, api: httpx.Client, environment: Any
@@ -133,9 +131,8 @@ class TestKeys:
         assert (made_one["role"], made_one["org"], made_one["environment"]) == ("read-only", "acme", "prod")
         assert datetime.fromisoformat(made_one["expires_at"]) == datetime.fromisoformat(soon)
 
-    @pytest.mark.parametrize(
-        ("body", "expected"),
-        [
+    def test_what_cannot_be_is_refused(self, api: httpx.Client, environment: Any) -> None:
+        cases: list[Any] = [
             ({}, (400, "which_environment")),
             ({"org": "acme"}, (400, "which_environment")),
             ({"org": "acme", "environment": "dev"}, (404, "environment_not_found")),
@@ -150,10 +147,9 @@ class TestKeys:
             ),
             ({"org": "acme", "environment": "prod", "name": "a\nb"}, (400, "invalid_request")),
             ({"org": "acme", "environment": "prod", "secret": "mine"}, (400, "invalid_request")),
-        ],
-    )
-    def test_what_cannot_be_is_refused(self, api: httpx.Client, environment: Any, body: Any, expected: Any) -> None:
-        assert code_of(api.post("/keys", json=body)) == expected
+        ]
+        for body, expected in cases:
+            assert code_of(api.post("/keys", json=body)) == expected, body
         assert api.get("/keys").json()["data"] == []
 
     def test_states_and_their_repetition(self, api: httpx.Client, key: Any) -> None:
@@ -221,9 +217,8 @@ class TestLimits:
         assert api.put(path, json={"requests_per_min": None}).json()["requests_per_min"] is None
         assert api.get(path).json()["concurrency"] == -1
 
-    @pytest.mark.parametrize(
-        ("path", "body", "expected"),
-        [
+    def test_what_cannot_be_is_refused(self, api: httpx.Client, key: Any) -> None:
+        cases: list[Any] = [
             ("/limits/key/{key}", {}, (400, "nothing_to_set")),
             ("/limits/key/{key}", {"requests_per_min": -2}, (400, "invalid_request")),
             ("/limits/key/{key}", {"requests_per_min": 10**16}, (400, "invalid_request")),
@@ -234,10 +229,9 @@ class TestLimits:
             ("/limits/org/nobody", {"concurrency": 1}, (404, "org_not_found")),
             ("/limits/environment/{key}", {"concurrency": 1}, (400, "invalid_id")),
             ("/limits/team/{key}", {"concurrency": 1}, (400, "invalid_request")),
-        ],
-    )
-    def test_what_cannot_be_is_refused(self, api: httpx.Client, key: Any, path: str, body: Any, expected: Any) -> None:
-        assert code_of(api.put(path.format(key=key["id"]), json=body)) == expected
+        ]
+        for path, body, expected in cases:
+            assert code_of(api.put(path.format(key=key["id"]), json=body)) == expected, body
 
 
 class TestAudit:
