@@ -229,7 +229,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(str(item) for item in cast(list[Any], value)) or "–"
-    text = str(value)
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
     # Instants to the second.
     if len(text) > 20 and text[4:5] == "-" and text[10:11] == "T" and text.endswith("Z"):
         return text[:19].replace("T", " ") + "Z"
