@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import asyncpg
 from pydantic import ValidationError
 from temporalio.client import Client
-from temporalio.worker import Worker
+from temporalio.worker import Interceptor, Worker
 
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
@@ -26,7 +26,7 @@ from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
-from crosslogic.clients.entities import Entities
+from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
@@ -101,14 +101,19 @@ def activities_of(holder: object) -> list[Callable[..., Any]]:
     return [method for method in found if hasattr(method, "__temporal_activity_definition")]
 
 
-def make_worker(client: Client, task_queue: str, activities: Sequence[Callable[..., Any]]) -> Worker:
-    """The worker as it runs in production and in tests."""
+def make_worker(
+    client: Client,
+    task_queue: str,
+    activities: Sequence[Callable[..., Any]],
+    interceptors: Sequence[Interceptor] = (),
+) -> Worker:
+    """The worker as it runs in production and in tests, which may look in with interceptors of their own."""
     return Worker(
         client,
         task_queue=task_queue,
         workflows=WORKFLOWS,
         activities=activities,
-        interceptors=[Manners()],
+        interceptors=[*interceptors, Manners()],
         workflow_runner=temporal.workflow_runner(),
         # A killed worker's sticky queue would hold its workflows back for 10 s (T5).
         sticky_queue_schedule_to_start_timeout=timedelta(seconds=1),
@@ -170,16 +175,21 @@ async def _work(client: Client, settings: Settings, fleet: Fleet, stop: asyncio.
         await asyncio.sleep(RETRY_INTERVAL_S)
 
 
+async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
+    """One round of `keep_entities`. Raises what the servers that are away raise."""
+    catalog = await fleet.catalog.load()
+    await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+    return await entities.keep_nodes(
+        await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
+    )
+
+
 async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_s: float = KEEP_INTERVAL_S) -> None:
     """See to it, again and again, that every region, deployment and node has its workflow."""
     entities = Entities(client, task_queue)
     while True:
         try:
-            catalog = await fleet.catalog.load()
-            await entities.keep_standing(catalog.regions.regions, catalog.deployments)
-            await entities.keep_nodes(
-                await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
-            )
+            await keep_entities_once(entities, fleet)
         except Exception as error:
             # A server is away, or one of them speaks nonsense: the next round tries again either way.
             log.warning("the fleet's workflows cannot be looked after now: %s", error)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from datetime import timedelta
 from typing import Any
 
 import temporalio.worker
 from temporalio import activity
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 from crosslogic.domain.errors import InvariantViolated, Rejected, Unavailable
+
+log = logging.getLogger(__name__)
 
 # A worker that was killed is noticed one heartbeat timeout later (T5), so every activity beats, long or short. The
 # SDK sends at most one per 80 % of the timeout.
@@ -43,18 +46,29 @@ class _MannersInbound(temporalio.worker.ActivityInboundInterceptor):
             if activity.is_worker_shutdown() and not activity.is_cancelled():
                 # Not a cancellation of the work: another worker goes on with it at once.
                 raise ApplicationError(
-                    "this worker is stopping", type="WorkerStopping", next_retry_delay=timedelta(milliseconds=100)
+                    "this worker is stopping",
+                    type="WorkerStopping",
+                    next_retry_delay=timedelta(milliseconds=100),
+                    category=ApplicationErrorCategory.BENIGN,
                 ) from None
             raise
         except Rejected as error:
-            raise ApplicationError(error.message, type=error.code, non_retryable=True) from error
+            raise _told(error, type=error.code, non_retryable=True) from error
         except Unavailable as error:
-            raise ApplicationError(error.message, type="Unavailable") from error
+            raise _told(error, type="Unavailable") from error
         except InvariantViolated as error:
             raise ApplicationError(error.message, type="InvariantViolated", non_retryable=True) from error
         finally:
             for helper in helpers:
                 helper.cancel()
+
+
+def _told(error: Rejected | Unavailable, *, type: str, non_retryable: bool = False) -> ApplicationError:
+    """The error for Temporal, logged in one line: it is no defect of ours, so nobody needs its stack trace."""
+    log.warning("%s: %s", activity.info().activity_type, error.message)
+    return ApplicationError(
+        error.message, type=type, non_retryable=non_retryable, category=ApplicationErrorCategory.BENIGN
+    )
 
 
 async def _beat() -> None:

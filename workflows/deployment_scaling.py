@@ -15,7 +15,7 @@ from crosslogic.contracts.node import NodeProvisioningInput
 from crosslogic.domain.deployment import RegionPlan, RegionTarget, plan_region
 from crosslogic.domain.ids import NODE
 from workflows.node_provisioning import NodeProvisioning
-from workflows.steps import QUICK, explain, is_history_long, make_findable
+from workflows.steps import QUICK, check_cancelled, explain, is_cancel_requested, is_history_long, make_findable
 
 # Nodes ordered for one region between two surveys: a large deployment grows in batches, and a survey comes in between.
 BATCH = 20
@@ -47,6 +47,7 @@ class DeploymentScaling:
         """Run until the deployment is removed."""
         make_findable(deployment=input.deployment)
         while True:
+            check_cancelled()
             if is_history_long():
                 # The next run surveys first, so that no nudge is lost.
                 workflow.continue_as_new(input)
@@ -64,7 +65,7 @@ class DeploymentScaling:
             self._explain(input.deployment, survey, plans, pause_s)
             try:
                 await workflow.wait_condition(
-                    lambda: self._is_nudged,
+                    lambda: self._is_nudged or is_cancel_requested(),
                     timeout=timedelta(seconds=max(0.5, pause_s)),
                     timeout_summary="Survey again even without a nudge",
                 )

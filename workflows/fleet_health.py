@@ -10,7 +10,7 @@ from activities.probes import ProbeActivities
 from crosslogic.contracts.names import FLEET_HEALTH, node_workflow_id
 from crosslogic.contracts.node import FleetHealthInput, RegionWatch
 from crosslogic.domain.health import Verdict
-from workflows.steps import Story, endless, is_history_long, make_findable, nudge
+from workflows.steps import Story, check_cancelled, endless, is_history_long, make_findable, nudge
 
 # A watch returns after 5 min without news; one that has not returned by now hangs.
 WATCH_TIMEOUT_S = 600.0
@@ -35,6 +35,7 @@ class FleetHealth:
         verdicts = dict(input.verdicts)
         story.tell("polling every node's engine")
         while not is_history_long():
+            check_cancelled()
             report = await workflow.execute_activity_method(
                 ProbeActivities.watch_region,
                 RegionWatch(input.region, verdicts),

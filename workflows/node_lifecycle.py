@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -28,12 +27,15 @@ from crosslogic.domain.node import NodeState
 from workflows.steps import (
     QUICK,
     Story,
+    check_cancelled,
     endless,
     explain,
+    is_cancel_requested,
     is_history_long,
     lasting,
     make_findable,
     nudge_deployment,
+    outcome,
     refusal,
     unstoppable,
 )
@@ -113,7 +115,7 @@ class NodeLifecycle:
         else:
             end, reason = await self._watch(spec)
         await unstoppable(self._retire(spec, end, reason), self._cancel)
-        if self._is_cancelled:
+        if self._is_cancelled or is_cancel_requested():
             raise asyncio.CancelledError(reason)
         return NodeLifecycleResult(spec.node_id, end, reason)
 
@@ -123,6 +125,7 @@ class NodeLifecycle:
         pause = SAFETY_LOOK
         try:
             while self._drain_reason is None:
+                check_cancelled()
                 if self._is_nudged:
                     self._is_nudged = False
                     verdict, reason, pause = await self._look(spec)
@@ -136,7 +139,7 @@ class NodeLifecycle:
                         workflow.continue_as_new(NodeLifecycleInput(spec))
                 try:
                     await workflow.wait_condition(
-                        lambda: self._is_nudged or self._drain_reason is not None,
+                        lambda: self._is_nudged or self._drain_reason is not None or is_cancel_requested(),
                         timeout=pause,
                         timeout_summary="Look again even without a nudge",
                     )
@@ -197,6 +200,7 @@ class NodeLifecycle:
         await workflow.wait_condition(lambda: waiting.done() or self._is_cancelled)
         if not waiting.done():
             waiting.cancel()
+            await outcome(waiting)
             return
         try:
             self._story.tell(f"drained: {waiting.result()}")
@@ -231,13 +235,15 @@ class NodeLifecycle:
             await workflow.wait_condition(lambda: work.done() or self._drain_reason is not None)
         except asyncio.CancelledError:
             self._cancel()
-        failure = work.exception() if work.done() else None
-        if work.done() and failure is None:
-            capacity = work.result()
-            await unstoppable(self._admit(spec, capacity), self._cancel)
+        if is_cancel_requested():
+            self._cancel()
+        if not work.done():
+            work.cancel()
+        failure = await unstoppable(outcome(work), self._cancel)
+        if failure is None and not work.cancelled():
+            await unstoppable(self._admit(spec, work.result()), self._cancel)
             self._state = NodeState.READY
             return spec
-        work.cancel()
         end = NodeState.TERMINATED if self._drain_reason else NodeState.FAILED
         reason = self._drain_reason or (explain(failure) if failure else "it stopped")
         await unstoppable(self._end(spec, end, reason), self._cancel)
@@ -256,6 +262,9 @@ class NodeLifecycle:
         await workflow.execute_activity_method(
             ProbeActivities.await_engine, spec, **lasting(JOIN_TIMEOUT_S), summary="Wait for the engine"
         )
+        if self._drain_reason is not None or is_cancel_requested():
+            # The SDK does not tell a task that it was cancelled in the moment in which its activity completed.
+            raise asyncio.CancelledError
         self._state = NodeState.LOADING
         self._story.tell("trying a generation")
         return await workflow.execute_activity_method(
@@ -265,7 +274,7 @@ class NodeLifecycle:
     async def _admit(self, spec: NodeSpec, capacity: int) -> None:
         await workflow.execute_activity_method(
             NodeActivities.admit_node,
-            NodeAdmission(replace(spec), capacity, workflow.info().workflow_id),
+            NodeAdmission(spec, capacity, workflow.info().workflow_id),
             **QUICK,
             summary="Admit the node to routing",
         )

@@ -31,9 +31,11 @@ from workflows.steps import (
     Story,
     endless,
     explain,
+    is_cancel_requested,
     lasting,
     make_findable,
     nudge_deployment,
+    outcome,
     refusal,
     unstoppable,
 )
@@ -92,9 +94,11 @@ class NodeProvisioning:
             await workflow.wait_condition(lambda: work.done() or self._stop_reason is not None)
         except asyncio.CancelledError:
             self._cancel()
+        if is_cancel_requested():
+            self._cancel()
         if not work.done() and not self._is_admitting:
             work.cancel()
-        failure = await unstoppable(_outcome(work), self._cancel)
+        failure = await unstoppable(outcome(work), self._cancel)
         if isinstance(failure, ActivityError) and _is_not_ours(failure):
             raise refusal(f"No node was started: {explain(failure)}", "BadOrder") from failure
         if self._state is NodeState.READY:
@@ -125,12 +129,12 @@ class NodeProvisioning:
 
     async def _bring_up(self, spec: NodeSpec, order: NodeProvisioningInput) -> None:
         """Each step's undo is in `_undo`, which relies on the tombstone and on names that derive from the node's id."""
-        self._tell("writing down that the node is wanted")
+        self._begin("writing down that the node is wanted")
         await workflow.execute_activity_method(
             NodeActivities.intend_node, spec, **QUICK, summary="Write the intent before any cloud is called"
         )
 
-        self._advance(NodeState.LAUNCHING, f"ordering the machine {spec.cluster} from {spec.provider}")
+        self._begin(f"ordering the machine {spec.cluster} from {spec.provider}", NodeState.LAUNCHING)
         # Never abandoned in flight: its effect could come after the undo.
         launch = self._launch = asyncio.ensure_future(
             workflow.execute_activity_method(
@@ -142,31 +146,33 @@ class NodeProvisioning:
         )
         await asyncio.shield(launch)
 
-        self._tell(f"waiting for the machine to run (up to {order.launch_timeout_s} s)")
+        self._begin(f"waiting for the machine to run (up to {order.launch_timeout_s} s)")
         await workflow.execute_activity_method(
             CloudActivities.await_machine, spec, **lasting(order.launch_timeout_s), summary="Wait for the machine"
         )
 
-        self._advance(NodeState.BOOTING, f"waiting for the engine to answer (up to {order.boot_timeout_s} s)")
+        self._begin(f"waiting for the engine to answer (up to {order.boot_timeout_s} s)", NodeState.BOOTING)
         await workflow.execute_activity_method(
             ProbeActivities.await_engine, spec, **lasting(order.boot_timeout_s), summary="Wait for the engine"
         )
 
-        self._advance(NodeState.LOADING, f"waiting for a first generation (up to {order.load_timeout_s} s)")
+        self._begin(f"waiting for a first generation (up to {order.load_timeout_s} s)", NodeState.LOADING)
         capacity = await workflow.execute_activity_method(
             ProbeActivities.warm_engine, spec, **lasting(order.load_timeout_s), summary="Generate and measure"
         )
 
         # From here on nothing interrupts: the node may be serving, so it can only be drained.
+        self._begin(f"admitting the node to routing at {capacity} tokens/s")
         self._is_admitting = True
-        self._tell(f"admitting the node to routing at {capacity} tokens/s")
         await workflow.execute_activity_method(
             NodeActivities.admit_node,
             NodeAdmission(spec, capacity, node_workflow_id(spec.node_id)),
             **QUICK,
             summary="Admit the node to routing",
         )
-        self._advance(NodeState.READY, "handing the node over to its lifecycle")
+        self._state = NodeState.READY
+        make_findable(state=NodeState.READY)
+        self._tell("handing the node over to its lifecycle")
 
     async def _finish(self, spec: NodeSpec) -> NodeProvisioningResult:
         workflow_id = node_workflow_id(spec.node_id)
@@ -200,7 +206,7 @@ class NodeProvisioning:
             NodeActivities.tombstone_node, NodeChange(spec, reason), **QUICK, summary="Tombstone: never launch or admit"
         )
         if self._launch is not None:
-            await _outcome(self._launch)
+            await outcome(self._launch)
             self._story.tell(f"ending the machine and waiting for the cloud to confirm it ({reason})")
             await workflow.execute_activity_method(
                 CloudActivities.end_machine, spec, **endless(120), summary="End the machine, confirm it is gone"
@@ -214,27 +220,21 @@ class NodeProvisioning:
         await nudge_deployment(spec)
         return _result(spec, state, reason)
 
-    def _advance(self, state: NodeState, doing: str) -> None:
-        self._state = state
-        make_findable(state=state)
+    def _begin(self, doing: str, state: NodeState | None = None) -> None:
+        """Begin a step of `_bring_up`, or end the task if everything is to stop.
+
+        A task that is cancelled in the very moment in which its activity completes is not told so by the SDK.
+        """
+        if self._stop_reason is not None or is_cancel_requested():
+            raise asyncio.CancelledError
+        if state is not None:
+            self._state = state
+            make_findable(state=state)
         self._tell(doing)
 
     def _tell(self, doing: str) -> None:
         self._doing = doing
         self._story.tell(doing)
-
-
-async def _outcome(work: asyncio.Future[None]) -> BaseException | None:
-    """How something ended, without raising it."""
-    try:
-        await asyncio.shield(work)
-    except asyncio.CancelledError:
-        if not work.done():
-            raise
-        return None
-    except FailureError as error:
-        return error
-    return None
 
 
 def _is_not_ours(failure: ActivityError) -> bool:

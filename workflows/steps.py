@@ -80,6 +80,34 @@ async def unstoppable(work: Coroutine[Any, Any, T], on_cancel: Callable[[], None
     return task.result()
 
 
+async def outcome(work: asyncio.Future[Any]) -> BaseException | None:
+    """How something ended, without raising it; None for one that succeeded or was cancelled."""
+    try:
+        await asyncio.shield(work)
+    except asyncio.CancelledError:
+        if not work.done():
+            raise
+        return None
+    except FailureError as error:
+        return error
+    return None
+
+
+def is_cancel_requested() -> bool:
+    """Was the workflow's cancellation requested?
+
+    Asked besides waiting for CancelledError, because the SDK loses a cancellation that comes together with the
+    completion of the activity that is being waited for (1.35, RAISE_ON_CANCELLING_COMPLETED_ACTIVITY is off).
+    """
+    return workflow.cancellation_reason() is not None
+
+
+def check_cancelled() -> None:
+    """Raise CancelledError if the workflow's cancellation was requested."""
+    if is_cancel_requested():
+        raise asyncio.CancelledError(workflow.cancellation_reason())
+
+
 async def nudge(workflow_id: str) -> bool:
     """Send `look_again`; False when there is no such workflow, which is nobody's fault."""
     try:

@@ -20,14 +20,17 @@ from temporalio.service import RPCError
 from temporalio.worker import Worker
 
 import worker as fleet_worker
+from crosslogic.clients import temporal
 from crosslogic.contracts import names
 from crosslogic.contracts.node import Machine, NodeProvisioningInput, NodeSpec
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.health import MachineStatus
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Node, NodeState, RouteEntry
+from crosslogic.hot import connection as hot
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings
+from crosslogic.store import database
 from crosslogic.store.nodes import NodeStore
 
 WAIT_S = 30.0
@@ -245,6 +248,20 @@ class FleetUnderTest:
 
         return await self.until(f"a node is {state}", look, within_s)
 
+    async def until_looked_after(self) -> Node:
+        """The node that serves, as soon as its lifecycle runs."""
+        node = await self.until_state(NodeState.READY)
+
+        async def look() -> bool:
+            try:
+                await self.lifecycle(node).describe()
+            except RPCError:
+                return False
+            return True
+
+        await self.until("its lifecycle runs", look)
+        return node
+
     async def check_books(self) -> None:
         """F1 at quiescence: machines = rows that have not ended = route table. F3: each machine had its row."""
         rows = await self.nodes.list_all()
@@ -257,6 +274,30 @@ class FleetUnderTest:
 
     async def routes(self) -> dict[str, RouteEntry]:
         return {entry.node_id: entry for entry in await self.board.read_all()}
+
+
+@contextlib.asynccontextmanager
+async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
+    """A fleet on the servers and with the names that the settings give; its worker does not run yet."""
+    client = await temporal.connect(settings)
+    pool = await database.connect(settings)
+    redis = hot.connect(settings)
+    board = RouteBoard(redis, settings.redis_prefix)
+    cloud = MadeUpCloud()
+    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, board)
+    task_queue = settings.fleet_task_queue
+    try:
+        yield FleetUnderTest(settings, client, task_queue, pool, cloud, board, NodeStore(pool), fleet)
+    finally:
+        await terminate_all(client, task_queue)
+        cloud.stop()
+        await fleet.close()
+        await redis.aclose()
+        await pool.close()
+
+
+# Fast enough for tests; the ratios are those of the defaults.
+FAST = {"probe_interval_s": 0.2, "probe_timeout_s": 1.0, "silence_s": 1.5, "cloud_interval_s": 0.5}
 
 
 @contextlib.asynccontextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,16 +11,20 @@ import pytest
 from temporalio.client import WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError, CancelledError
 from temporalio.testing import ActivityEnvironment
+from temporalio.worker import Worker
 
 from activities.cloud import CloudActivities
+from activities.manners import Manners
 from activities.nodes import spec_of
+from crosslogic.clients import temporal
 from crosslogic.contracts.names import DRAIN, STATE
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, NodeState
 from crosslogic.new_ids import new_id
 from crosslogic.store.catalog import CatalogStore
-from tests.workflows.fleet import EngineServer, FleetUnderTest
+from tests.workflows.fleet import EngineServer, FleetUnderTest, running
+from worker import WORKFLOWS
 
 # Long enough for a step to be in, short enough to wait for.
 SHORT_S = 2
@@ -267,6 +272,44 @@ class TestCancel:
         assert isinstance(caught.value.cause, CancelledError)
         assert (await fleet.only_node()).state is NodeState.TERMINATED
         assert fleet.cloud.alive == set()
+        await fleet.check_books()
+
+
+class TestCoincidence:
+    """A stop that reaches the workflow in one task with the completion of the step that it was waiting for.
+
+    The SDK drops a task's cancellation then; the workflow would go on with the next step, here for half an hour.
+    """
+
+    @pytest.mark.parametrize("stop", ["drain", "cancel"])
+    async def test_stops_all_the_same(self, idle_fleet: FleetUnderTest, stop: str) -> None:
+        fleet = idle_fleet
+
+        def sick_and_mute(engine: EngineServer) -> None:
+            engine.is_well = engine.can_generate = False
+
+        fleet.cloud.on_engine = sick_and_mute
+        client, queue = fleet.client, fleet.task_queue
+        decider = Worker(client, task_queue=queue, workflows=WORKFLOWS, workflow_runner=temporal.workflow_runner())
+        doer = Worker(client, task_queue=queue, activities=fleet.fleet.activities, interceptors=[Manners()])
+        async with running(doer):
+            async with running(decider):
+                handle = await fleet.provision()
+                node = await fleet.until_state(NodeState.BOOTING)
+                await asyncio.sleep(1)  # Until the workflow has asked for the next step.
+            fleet.cloud.engines[node.cluster].is_well = True
+            await fleet.until_state(NodeState.LOADING)
+
+            async def completed() -> bool:
+                return not (await handle.describe()).raw_description.pending_activities
+
+            await fleet.until("the activity is completed", completed)
+            await (handle.signal(DRAIN, "in that moment") if stop == "drain" else handle.cancel())
+            again = Worker(client, task_queue=queue, workflows=WORKFLOWS, workflow_runner=temporal.workflow_runner())
+            async with running(again), asyncio.timeout(20):
+                with contextlib.suppress(WorkflowFailureError):
+                    await handle.result()
+        assert (await fleet.only_node()).state is NodeState.TERMINATED
         await fleet.check_books()
 
 

@@ -1,0 +1,85 @@
+"""T4: every activity run twice has the effect of once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import temporalio.worker
+
+import worker as fleet_worker
+from crosslogic.contracts import names
+from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
+from crosslogic.domain.ids import NODE
+from crosslogic.domain.node import NodeState
+from crosslogic.new_ids import new_id
+from tests.workflows.fleet import EngineServer, FleetUnderTest, running
+
+# Watches return news, not effects; a second one would wait for news that it has told already.
+READ_ONLY = {"watch_region"}
+
+
+class Twice(temporalio.worker.Interceptor):
+    """As a worker does that is killed between an activity's effect and its completion."""
+
+    def __init__(self) -> None:
+        self.ran: Counter[str] = Counter()
+
+    def intercept_activity(
+        self, next: temporalio.worker.ActivityInboundInterceptor
+    ) -> temporalio.worker.ActivityInboundInterceptor:
+        ran = self.ran
+
+        class Inbound(temporalio.worker.ActivityInboundInterceptor):
+            async def execute_activity(self, input: temporalio.worker.ExecuteActivityInput) -> Any:
+                name = input.fn.__name__
+                ran[name] += 1
+                if name not in READ_ONLY:
+                    await self.next.execute_activity(input)
+                return await self.next.execute_activity(input)
+
+        return Inbound(next)
+
+
+class TestEveryActivityTwice:
+    async def test_is_once(self, idle_fleet: FleetUnderTest) -> None:
+        fleet, twice = idle_fleet, Twice()
+        async with running(fleet_worker.make_worker(fleet.client, fleet.task_queue, fleet.fleet.activities, [twice])):
+            await fleet.add_deployment("llama-7b", in_mumbai=1)
+            deployment = await fleet.keep_deployment("llama-7b")
+            node = await fleet.until_looked_after()
+            # Requested, launching, booting, loading, ready: each once.
+            assert node.generation == 5
+            assert fleet.cloud.ever == [node.cluster]
+            await fleet.watch()
+            await fleet.check_books()
+            await deployment.cancel()
+            await fleet.lifecycle(node).signal(names.DRAIN, "enough")
+            await fleet.lifecycle(node).result()
+            ended = await fleet.nodes.get(node.id)
+            # Draining, tombstoned, terminated.
+            assert (ended.state, ended.generation) == (NodeState.TERMINATED, 8)
+
+            fleet.cloud.capacity = 0
+            failing = await fleet.provision()
+            failed = await fleet.until_state(NodeState.FAILED)
+            # Requested, launching, tombstoned, failed.
+            assert failed.generation == 4
+            assert (await failing.describe()).id == failing.id
+
+            engine = EngineServer()
+            await engine.start()
+            node_id = NODE.show(new_id())
+            spec = NodeSpec(node_id, "llama-7b", "in-mumbai", endpoint=engine.endpoint)
+            await fleet.client.start_workflow(
+                names.NODE_LIFECYCLE,
+                NodeLifecycleInput(spec, is_admitted=False),
+                id=names.node_workflow_id(node_id),
+                task_queue=fleet.task_queue,
+            )
+            joined = await fleet.until_state(NodeState.READY)
+            assert joined.generation == 5
+            await fleet.check_books()
+            engine.stop()
+        every = {method.__name__ for method in fleet.fleet.activities}
+        assert set(twice.ran) == every, "an activity was not exercised"
