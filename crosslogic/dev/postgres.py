@@ -1,7 +1,7 @@
 """Postgres of the embedded stack: a wheel's binaries under a launcher of our own.
 
-Postgres refuses to run as root. For root it runs in a user namespace where our files seem to be an ordinary user's;
-where namespaces are forbidden (containers often forbid them) it runs as `nobody`, who owns the data then.
+Postgres refuses to run as root, and as a user without a name. For those it runs in a user namespace where our files
+seem to be nobody's; where namespaces are forbidden (containers often forbid them) root lets it run as the real nobody.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from crosslogic.settings import child_environment
 DATABASE = "crosslogic"
 _ROLE = "crosslogic"
 
-_UNPRIVILEGED = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")
+_NAMESPACE = "unshare"
 
 # For one developer's machine: little memory, and nothing that only replicas or backups need.
 _SETTINGS = {
@@ -166,14 +166,20 @@ class _Runner:
 
 def _runner(folder: Path) -> _Runner:
     programs = binaries.postgres_home() / "bin"
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and _has_name(os.geteuid()):
         return _Runner(folder / "data", programs)
-    if shutil.which(_UNPRIVILEGED[0]):
-        # The test is the program itself: it finds out about namespaces, security modules and file permissions at once.
-        trial = subprocess.run([*_UNPRIVILEGED, programs / "postgres", "--version"], capture_output=True)
-        if trial.returncode == 0:
-            return _Runner(folder / "data", programs, _UNPRIVILEGED)
     nobody = pwd.getpwnam("nobody").pw_uid
+    if shutil.which(_NAMESPACE):
+        prefix = (_NAMESPACE, "--user", f"--map-user={nobody}", f"--map-group={nobody}", "--")
+        # The test is the program itself: it finds out about namespaces, security modules and file permissions at once.
+        trial = subprocess.run([*prefix, programs / "postgres", "--version"], capture_output=True)
+        if trial.returncode == 0:
+            return _Runner(folder / "data", programs, prefix)
+    if os.geteuid() != 0:
+        raise PartError(
+            f"Postgres does not run as a user without a name ({os.geteuid()}), and here not in a namespace either. "
+            "Run this as a user that /etc/passwd knows."
+        )
     elsewhere = _elsewhere(folder)
     if not _succeeds_as(nobody, [programs / "postgres", "--version"]):
         copy = _prepare_elsewhere(elsewhere) / "programs"
@@ -193,6 +199,14 @@ def _runner(folder: Path) -> _Runner:
             "ordinary user instead."
         )
     return _Runner(data, programs, user=nobody)
+
+
+def _has_name(user: int) -> bool:
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return True
 
 
 def _elsewhere(folder: Path) -> Path:

@@ -122,8 +122,8 @@ class Keeper:
             try:
                 await self._live(began)
             except (PartError, OSError) as error:
-                self._fail(PartError(f"{self.part.name} cannot start: {error}"))
-                self._screen.say(f"  {self.part.name} cannot start: {error}")
+                if not self._fail(PartError(f"{self.part.name} cannot start: {error}")):
+                    self._screen.say(f"  {self.part.name} cannot start: {error}")
             else:
                 died = f"{self.part.name} {_cause(self._child)}"
                 if not self._was_ready:
@@ -167,11 +167,13 @@ class Keeper:
         self._was_ready = True
         self.is_ready.set()
 
-    def _fail(self, error: PartError) -> None:
-        if not self.failure.done():
-            self.failure.set_exception(error)
-            # Whoever waits for the part hears of it; if nobody does, the screen has said it.
-            self.failure.exception()
+    def _fail(self, error: PartError) -> bool:
+        """Tell whoever waits for the part's first readiness; False if nobody does."""
+        if self._was_ready or self.failure.done():
+            return False
+        self.failure.set_exception(error)
+        self.failure.exception()  # Marks it as seen, in case the wait is over already.
+        return True
 
     def _last_words(self) -> str:
         return last_lines(self._log)
@@ -241,7 +243,7 @@ class Stack:
             if not stopping.done() and (error := starting.exception()):
                 if not isinstance(error, PartError):
                     raise error
-                self.screen.say(f"\n{error}\n")
+                self.screen.say(f"\n{error}\n\n./run doctor looks for the usual causes; ./run --fresh starts over.\n")
                 code = 1
             else:
                 await stopping

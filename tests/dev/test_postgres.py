@@ -114,7 +114,7 @@ class TestPostgresOfRoot:
     @pytest.fixture(autouse=True)
     def _without_namespaces(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # As in a container that forbids user namespaces.
-        monkeypatch.setattr(module, "_UNPRIVILEGED", ("false",))
+        monkeypatch.setattr(module, "_NAMESPACE", "false")
 
     async def test_runs_as_nobody(self, tmp_path: Path) -> None:
         for folder in (tmp_path, *tmp_path.parents):
