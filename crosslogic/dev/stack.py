@@ -425,7 +425,7 @@ def last_lines(path: Path, count: int = 15) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8_000))
         lines = file.read().decode(errors="replace").splitlines()[-count:]
-    return "\n".join([*(f"    {line}" for line in lines), f"  All of it: {_shown(path)}"])
+    return "\n".join([*(f"    {line[:300]}" for line in lines), f"  All of it: {_shown(path)}"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
