@@ -120,6 +120,10 @@ class MadeUpCloud:
             await self.after[operation].popleft()()
 
     async def ensure(self, spec: NodeSpec) -> None:
+        # As with any server: an order that has reached it is carried out, whether the client still listens or not.
+        await asyncio.shield(asyncio.ensure_future(self._ensure(spec)))
+
+    async def _ensure(self, spec: NodeSpec) -> None:
         async with self._call("ensure"):
             known = self.machines.get(spec.cluster)
             if known is not None and known.status != MachineStatus.GONE:
