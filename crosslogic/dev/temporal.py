@@ -45,8 +45,8 @@ class Temporal:
         command += ["--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=normal"]
         for attribute in SEARCH_ATTRIBUTES:
             command += ["--search-attribute", f"{attribute}=Keyword"]
-        # A development machine has better uses for its memory than garbage that Go has not looked at yet. The server wants
-        # to know its user's name, which a container's user may not have.
+        # A development machine has better uses for its memory than garbage that Go has not looked at yet. The server
+        # wants to know its user's name, which a container's user may not have.
         return Launch(command, child_environment(GOGC="50", USER="crosslogic"))
 
     async def is_ready(self) -> bool:
