@@ -144,6 +144,11 @@ def settings() -> Settings:
     return Settings()
 
 
+def given_environment() -> dict[str, str]:
+    """The `CROSSLOGIC_…` variables that this process was started with."""
+    return {name: value for name, value in os.environ.items() if name.startswith("CROSSLOGIC_")}
+
+
 def child_environment(**values: str) -> dict[str, str]:
     """The environment for a child process: ours without any `CROSSLOGIC_…`, plus `values`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("CROSSLOGIC_")}

@@ -17,6 +17,9 @@ _encode = msgspec.json.Encoder().encode
 
 # Four bytes of JSON to a token is what English text needs; the estimate is settled to the truth in the end.
 BYTES_PER_TOKEN = 4
+
+# What would reach past the limits that we set: a length under another name, and another client's slot.
+ENGINE_PRIVATE = ("n_predict", "id_slot", "slot_id")
 MOST_CHOICES = 16
 
 PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completion", "/v1/embeddings": "embedding"}
@@ -54,6 +57,8 @@ class Call:
         """The body for the engine: the client's, with our name of the model, a length limit and usage asked for."""
         body = self.body
         body["model"] = model.name
+        for field in ENGINE_PRIVATE:
+            body.pop(field, None)
         if self.kind != "embedding":
             # Always under this name: not every engine knows `max_completion_tokens`.
             body["max_tokens"] = self.completion_limit(model)

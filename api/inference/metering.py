@@ -24,7 +24,7 @@ from uuid import UUID
 
 import msgspec
 
-from crosslogic.domain.errors import Unavailable
+from crosslogic.domain.errors import InvariantViolated, Unavailable
 from crosslogic.domain.usage import Intent, Progress, UsageRecord, interrupted
 
 log = logging.getLogger("crosslogic.metering")
@@ -46,6 +46,7 @@ _decode_intent = msgspec.json.Decoder(Intent).decode
 _decode_progress = msgspec.json.Decoder(Progress).decode
 _decode_record = msgspec.json.Decoder(UsageRecord).decode
 
+# Idempotent by record id. Raises InvariantViolated for a record that can never be stored; anything else passes.
 Ingest = Callable[[Sequence[UsageRecord]], Awaitable[None]]
 
 
@@ -173,7 +174,7 @@ class UsageLog:
 
 
 class Shipper:
-    """Moves settled records from logs to Postgres. `ingest` must be idempotent by record id and raise on failure."""
+    """Moves settled records from this process's log to Postgres."""
 
     def __init__(self, usage_log: UsageLog, ingest: Ingest) -> None:
         self._log = usage_log
@@ -211,8 +212,7 @@ class Shipper:
         for payload, end in frames(data):  # noqa: B007 - the offset behind the last frame is the result.
             if payload[:1] == b"S":
                 records.append(_decode_record(payload[1:]))
-        if records:
-            await self._ingest(records)
+        await _ingest_all(records, self._ingest, self._log.directory.parent / DAMAGED)
         self._offset += end
         self.shipped += len(records)
         if end == 0 and self._segment < self._log.segment:
@@ -261,8 +261,8 @@ async def recover(root: Path, own: str, ingest: Ingest) -> int:
             segments = sorted(directory.glob("segment-*.log"))
             for path in segments:
                 settled = await asyncio.to_thread(leftovers.read, path, root / DAMAGED, is_last=path is segments[-1])
-                total += await _ingest_all(settled, ingest)
-            total += await _ingest_all(leftovers.interrupted(), ingest)
+                total += await _ingest_all(settled, ingest, root / DAMAGED)
+            total += await _ingest_all(leftovers.interrupted(), ingest, root / DAMAGED)
             await asyncio.to_thread(shutil.rmtree, directory)
         finally:
             os.close(descriptor)
@@ -284,9 +284,19 @@ async def keep_recovering(root: Path, own: str, ingest: Ingest, interval_s: floa
         await asyncio.sleep(pause_s)
 
 
-async def _ingest_all(records: Sequence[UsageRecord], ingest: Ingest) -> int:
+async def _ingest_all(records: Sequence[UsageRecord], ingest: Ingest, damaged: Path) -> int:
+    """Ship in batches. A record that Postgres will never take is kept for a human and does not hold up the others."""
     for start in range(0, len(records), BATCH_RECORDS):
-        await ingest(records[start : start + BATCH_RECORDS])
+        batch = records[start : start + BATCH_RECORDS]
+        try:
+            await ingest(batch)
+        except InvariantViolated:
+            for record in batch:
+                try:
+                    await ingest([record])
+                except InvariantViolated as error:
+                    await asyncio.to_thread(_keep_refused, record, damaged)
+                    log.critical("usage record %s is kept in %s: %s", record.id, damaged, error)
     return len(records)
 
 
@@ -340,6 +350,15 @@ def _is_torn(rest: bytes) -> bool:
         return True
     length, _ = _HEADER.unpack_from(rest)
     return len(rest) - _HEADER.size < length <= LONGEST_TORN_BYTES
+
+
+def _keep_refused(record: UsageRecord, damaged: Path) -> None:
+    """Keep a record for a human, as one line of JSON."""
+    damaged.mkdir(exist_ok=True)
+    with (damaged / "refused.jsonl").open("ab") as file:
+        file.write(_encode(record) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _keep_damaged(path: Path, offset: int, damaged: Path) -> None:

@@ -20,6 +20,8 @@ HELP = """\
       --state DIR   where everything is kept (default: .crosslogic, beside this file)
       --port N      the API's port on 127.0.0.1 (default: 8080)
       --fresh       delete the state and start over
+    Settings in the environment act (docs/reference/settings.md); CROSSLOGIC_DATABASE_URL, CROSSLOGIC_REDIS_URL and
+    CROSSLOGIC_TEMPORAL_ADDRESS take the place of the embedded servers.
 
 ./run [--state DIR] COMMAND …
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:

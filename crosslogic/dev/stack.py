@@ -28,7 +28,7 @@ from crosslogic.dev.state import DEFAULT, State, StateError, free_port, is_port_
 from crosslogic.dev.temporal import Temporal
 from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.credentials import DEV_ADMIN_TOKEN
-from crosslogic.settings import child_environment
+from crosslogic.settings import child_environment, given_environment
 
 DEMO_KEY = "sk_dev_demo"
 
@@ -291,36 +291,43 @@ class Stack:
             ports.temporal_metrics,
         )
         cloud_url = f"http://127.0.0.1:{ports.local_cloud}"
+        defaults = {
+            "CROSSLOGIC_DATABASE_URL": postgres.url,
+            "CROSSLOGIC_REDIS_URL": valkey.url,
+            "CROSSLOGIC_TEMPORAL_ADDRESS": temporal.address,
+            "CROSSLOGIC_NODE_SECRET": known["node"],
+            # Everything is on this machine: look often, so that a kill is noticed while one watches.
+            "CROSSLOGIC_PROBE_INTERVAL_S": "1",
+            "CROSSLOGIC_SILENCE_S": "5",
+            "CROSSLOGIC_CLOUD_INTERVAL_S": "5",
+            "CROSSLOGIC_SHUTDOWN_GRACE_S": str(_OURS_GRACE_S),
+        }
+        given = given_environment()
+        if "CROSSLOGIC_TEMPORAL_ADDRESS" not in given:
+            defaults["CROSSLOGIC_TEMPORAL_UI_URL"] = temporal.ui_url
+        own = {
+            "CROSSLOGIC_MODE": "dev",
+            "CROSSLOGIC_STATE_DIR": str(self.state.path),
+            "CROSSLOGIC_API_HOST": "127.0.0.1",
+            "CROSSLOGIC_API_PORT": str(ports.api),
+            "CROSSLOGIC_ADMIN_TOKEN": DEV_ADMIN_TOKEN,
+            "CROSSLOGIC_CLOUD_PROVIDER": "local",
+            "CROSSLOGIC_LOCAL_CLOUD_URL": cloud_url,
+            "CROSSLOGIC_LOCAL_CLOUD_TOKEN": known["local_cloud"],
+        }
+        chosen = defaults | given | own
         self.state.write(
             "endpoints.json",
             {
                 "api": self._api_url,
-                "temporal": temporal.address,
-                "temporal_ui": temporal.ui_url,
-                "postgres": postgres.url,
-                "redis": valkey.url,
+                "temporal": chosen["CROSSLOGIC_TEMPORAL_ADDRESS"],
+                "temporal_ui": chosen.get("CROSSLOGIC_TEMPORAL_UI_URL", ""),
+                "postgres": chosen["CROSSLOGIC_DATABASE_URL"],
+                "redis": chosen["CROSSLOGIC_REDIS_URL"],
                 "local_cloud": cloud_url,
             },
         )
-        environment = child_environment(
-            CROSSLOGIC_MODE="dev",
-            CROSSLOGIC_STATE_DIR=str(self.state.path),
-            CROSSLOGIC_DATABASE_URL=postgres.url,
-            CROSSLOGIC_REDIS_URL=valkey.url,
-            CROSSLOGIC_TEMPORAL_ADDRESS=temporal.address,
-            CROSSLOGIC_TEMPORAL_UI_URL=temporal.ui_url,
-            CROSSLOGIC_API_PORT=str(ports.api),
-            CROSSLOGIC_NODE_SECRET=known["node"],
-            CROSSLOGIC_CLOUD_PROVIDER="local",
-            CROSSLOGIC_LOCAL_CLOUD_URL=cloud_url,
-            CROSSLOGIC_LOCAL_CLOUD_TOKEN=known["local_cloud"],
-            # Everything is on this machine: look often, so that a kill is noticed while one watches.
-            CROSSLOGIC_PROBE_INTERVAL_S="1",
-            CROSSLOGIC_SILENCE_S="5",
-            CROSSLOGIC_CLOUD_INTERVAL_S="5",
-            CROSSLOGIC_SHUTDOWN_GRACE_S=str(_OURS_GRACE_S),
-            PYTHONUNBUFFERED="1",
-        )
+        environment = child_environment(**chosen, PYTHONUNBUFFERED="1")
         cloud = PythonPart(
             "local-cloud",
             ["-m", "crosslogic.dev.local_cloud"],
@@ -329,7 +336,13 @@ class Stack:
             health_url=f"{cloud_url}/behaviour",
             token=known["local_cloud"],
         )
-        return environment, [postgres, valkey, temporal, cloud]
+        embedded: dict[str, Part] = {
+            "CROSSLOGIC_DATABASE_URL": postgres,
+            "CROSSLOGIC_REDIS_URL": valkey,
+            "CROSSLOGIC_TEMPORAL_ADDRESS": temporal,
+        }
+        # A server that is given by its address is somebody else's to run.
+        return environment, [*(part for name, part in embedded.items() if name not in given), cloud]
 
     def _processes(self, environment: dict[str, str]) -> list[Part]:
         uvicorn = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]

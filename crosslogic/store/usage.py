@@ -9,6 +9,7 @@ from uuid import UUID
 
 import asyncpg
 
+from crosslogic.domain.errors import InvariantViolated
 from crosslogic.domain.ids import unix_ms_of
 from crosslogic.domain.usage import UsageRecord
 
@@ -62,7 +63,10 @@ class UsageStore:
         self._pool = pool
 
     async def add(self, records: Sequence[UsageRecord]) -> None:
-        """Write records; those that are there already are left alone (A2, B2)."""
+        """Write records; those that are there already are left alone (A2, B2).
+
+        Raises InvariantViolated when Postgres will never take one of them; then none was written.
+        """
         rows = [
             (
                 record.id,
@@ -90,7 +94,10 @@ class UsageStore:
             for record in records
         ]
         if rows:
-            await self._pool.execute(self.INSERT, *(list(column) for column in zip(*rows, strict=True)))
+            try:
+                await self._pool.execute(self.INSERT, *(list(column) for column in zip(*rows, strict=True)))
+            except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+                raise InvariantViolated(f"Postgres refuses a usage record: {error}") from error
 
     async def sum_environment(self, environment_id: UUID, start_at: datetime, end_at: datetime) -> list[dict[str, Any]]:
         """Requests and tokens of one environment by model, admitted in [start_at, end_at)."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +50,15 @@ def eventually(look: Callable[[], T], *, within_s: float, what: str) -> T:
 class Stack:
     """One running `./run`. Its screen is kept in `lines`."""
 
-    def __init__(self, state: Path, port: int, *, root: Path = ROOT, arguments: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        state: Path,
+        port: int,
+        *,
+        root: Path = ROOT,
+        arguments: tuple[str, ...] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.state = state
         self.port = port
         self.root = root
@@ -65,6 +73,7 @@ class Stack:
             stdin=subprocess.DEVNULL,
             text=True,
             cwd=root,
+            env=without_our_environment() | dict(settings or {}),
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -8,6 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import asyncpg
 import psutil
 import pytest
 
@@ -79,6 +80,25 @@ class TestRun:
         finally:
             other.stop()
         assert stack.ask("hi").status_code == 200
+
+    async def test_servers_that_are_given_are_not_started(self, stack: Stack, tmp_path: Path) -> None:
+        connection = await asyncpg.connect(stack.endpoints["postgres"])
+        await connection.execute("CREATE DATABASE given")
+        await connection.close()
+        given = {
+            "CROSSLOGIC_DATABASE_URL": stack.endpoints["postgres"].rsplit("/", 1)[0] + "/given",
+            "CROSSLOGIC_REDIS_URL": stack.endpoints["redis"],
+            "CROSSLOGIC_REDIS_PREFIX": "given:",
+        }
+        other = Stack(tmp_path, free_port(), settings=given)
+        try:
+            other.wait_until_serving()
+            assert other.endpoints["postgres"] == given["CROSSLOGIC_DATABASE_URL"]
+            for server in ("postgres", "valkey-server"):
+                with pytest.raises(LookupError):
+                    other.part(server)
+        finally:
+            assert other.stop() < 6
 
     def test_memory_of_the_whole_stack(self, stack: Stack) -> None:
         sizes = stack.memory_mib()

@@ -8,7 +8,9 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import asyncpg
+import pytest
 
+from crosslogic.domain.errors import InvariantViolated
 from crosslogic.domain.ids import unix_ms_of, uuid7
 from crosslogic.domain.usage import Outcome, TokenSource, UsageRecord
 from crosslogic.new_ids import new_id
@@ -44,6 +46,14 @@ def _record(**changes: object) -> UsageRecord:
 
 
 class TestAdd:
+    async def test_says_when_a_record_can_never_be_taken(self, pool: asyncpg.Pool) -> None:
+        store = UsageStore(pool)
+        good = _record()
+        for bad in (_record(prompt_tokens=-1), _record(latency_ms=1 << 40), _record(endpoint_kind="song")):
+            with pytest.raises(InvariantViolated):
+                await store.add([good, bad])
+        assert await pool.fetchval("SELECT count(*) FROM usage_records WHERE id = $1", good.id) == 0
+
     async def test_keeps_every_field_and_the_admission_time_of_the_id(self, pool: asyncpg.Pool) -> None:
         store = UsageStore(pool)
         full = _record()

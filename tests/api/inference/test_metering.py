@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.inference.metering import Shipper, UsageLog, frames, recover
-from crosslogic.domain.errors import Unavailable
+from crosslogic.domain.errors import InvariantViolated, Unavailable
 from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, UsageRecord
 from crosslogic.new_ids import new_id
 
@@ -258,6 +258,27 @@ class TestShipper:
         await recover(tmp_path, "b", ledger.add)
         assert not log.directory.exists()
         assert kept.exists()
+
+
+class TestRefusedRecords:
+    async def test_one_that_postgres_never_takes_is_kept_and_holds_up_no_other(self, tmp_path: Path) -> None:
+        ledger = Ledger()
+        log = UsageLog(tmp_path, "own")
+        records = [_record(_intent(number)) for number in range(3)]
+        for record in records:
+            log.settle(record)
+
+        async def add(batch: Sequence[UsageRecord]) -> None:
+            if records[1] in batch:
+                raise InvariantViolated("a number out of range")
+            await ledger.add(batch)
+
+        assert await Shipper(log, add).ship_once() == 3
+        assert set(ledger.records) == {records[0].id, records[2].id}
+        kept = (tmp_path / "damaged" / "refused.jsonl").read_text().splitlines()
+        assert len(kept) == 1
+        assert str(records[1].id) in kept[0]
+        log.close()
 
 
 class TestRecover:
