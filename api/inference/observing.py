@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from crosslogic.domain.usage import Outcome
-
-if TYPE_CHECKING:
-    from api.inference.proxy import Relayed
-    from api.inference.upstream import FailureKind
+from api.inference.upstream import FailureKind
+from crosslogic.domain.usage import Outcome, UsageRecord
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -59,37 +54,35 @@ class Observer:
             "crosslogic_usage_log_bytes", "Bytes of the usage log that are kept on disk.", registry=self.registry
         )
 
-    def finished(self, relayed: Relayed) -> None:
+    def finished(self, record: UsageRecord) -> None:
         """Count an admitted request that has ended."""
-        model = relayed.model.name
-        region = relayed.node.entry.region if relayed.node else ""
-        place = (model, region, relayed.outcome)
+        model, region = record.model, record.served_region
+        place = (model, region, record.outcome)
         counters = self._counters.get(place)
         if counters is None:
             # Looking a series up by its labels costs more than counting in it.
             counters = self._counters[place] = (
-                self._requests.labels(model, region, relayed.outcome.value),
+                self._requests.labels(model, region, record.outcome.value),
                 self._tokens.labels(model, region, "prompt"),
                 self._tokens.labels(model, region, "completion"),
                 self._first.labels(model),
             )
         requests, prompt, completion, first = counters
         requests.inc()
-        if relayed.prompt_tokens:
-            prompt.inc(relayed.prompt_tokens)
-        if relayed.completion_tokens:
-            completion.inc(relayed.completion_tokens)
-        if relayed.ttft_s is not None:
-            first.observe(relayed.ttft_s)
+        if record.prompt_tokens:
+            prompt.inc(record.prompt_tokens)
+        if record.completion_tokens:
+            completion.inc(record.completion_tokens)
+        if record.ttft_ms is not None:
+            first.observe(record.ttft_ms / 1000)
 
     def refused(self, code: str) -> None:
         """Count a request that was not admitted."""
         self._refused.labels(code).inc()
 
-    def node_failed(self, relayed: Relayed, kind: FailureKind) -> None:
+    def node_failed(self, model: str, region: str, kind: FailureKind) -> None:
         """Count a try that a node failed."""
-        region = relayed.node.entry.region if relayed.node else ""
-        self._node_failures.labels(relayed.model.name, region, kind.value).inc()
+        self._node_failures.labels(model, region, kind.value).inc()
 
     def page(self) -> bytes:
         """The exposition that Prometheus scrapes."""

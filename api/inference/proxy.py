@@ -298,24 +298,18 @@ class Relay:
             await self._finish(relayed)
 
     async def _finish(self, relayed: Relayed) -> None:
+        record = relayed.record(self._loop.time())
         if not relayed.is_settled:
             try:
-                self._settle(relayed)
+                self._usage_log.settle(record)
             except OSError as error:
                 log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
-        record_tokens = relayed.prompt_tokens + relayed.completion_tokens
-        price = list_price_microdollars(
-            relayed.prompt_tokens,
-            relayed.completion_tokens,
-            relayed.intent.input_price_e10,
-            relayed.intent.output_price_e10,
-            relayed.intent.multiplier_bp,
-        )
-        self._observer.finished(relayed)
-        if relayed.outcome in OUR_FAILURES:
+        self._observer.finished(record)
+        if record.outcome in OUR_FAILURES:
             ending = self._limits.release(relayed.hold)
         else:
-            ending = self._limits.settle(relayed.hold, record_tokens, price)
+            tokens = record.prompt_tokens + record.completion_tokens
+            ending = self._limits.settle(relayed.hold, tokens, record.list_price_microdollars)
         try:
             # Shielded: a request that is being cancelled must give its holds back all the same.
             await asyncio.shield(ending)
@@ -355,7 +349,7 @@ class Relay:
                 return
             except NodeFailure as failure:
                 relayed.is_accepted = False
-                self._observer.node_failed(relayed, failure.kind)
+                self._observer.node_failed(relayed.model.name, node.entry.region, failure.kind)
                 is_late = self._loop.time() >= relayed.deadline_at
                 if failure.kind is FailureKind.ERROR and not relayed.has_begun:
                     suspects.append(node)
