@@ -19,7 +19,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """One stack for all tests that leave it as they found it."""
     running = Stack(tmp_path_factory.mktemp("stack"), free_port())
     try:
-        running.wait_until_serving()
+        print(f"\nfirst answer {running.wait_until_serving():.1f} s after ./run")
         running.wait_for_nodes(3, model="llama-3-8b")
         running.wait_for_nodes(1, model="bge-base-en")
         yield running
