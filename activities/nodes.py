@@ -120,15 +120,19 @@ class NodeActivities:
 
     @activity.defn
     async def admit_node(self, admission: NodeAdmission) -> None:
-        """Make the node routable and hand it over to its lifecycle. Raises Rejected when it is tombstoned."""
+        """Make the node routable. Raises Rejected when it is tombstoned."""
         node = await self._nodes.advance(
             NODE.parse(admission.spec.node_id),
             NodeEvent.ADMIT,
             f"serving; measured {admission.capacity_tokens_per_s} tokens/s",
             capacity_tokens_per_s=admission.capacity_tokens_per_s,
-            workflow_id=admission.workflow_id,
         )
         await self._push(node)
+
+    @activity.defn
+    async def hand_over_node(self, spec: NodeSpec) -> None:
+        """Make the node's lifecycle, which runs by now, responsible for it: whoever drains the node signals that."""
+        await self._nodes.hand_over(NODE.parse(spec.node_id), node_workflow_id(spec.node_id))
 
     @activity.defn
     async def begin_drain(self, change: NodeChange) -> None:

@@ -274,7 +274,7 @@ class NodeLifecycle:
     async def _admit(self, spec: NodeSpec, capacity: int) -> None:
         await workflow.execute_activity_method(
             NodeActivities.admit_node,
-            NodeAdmission(spec, capacity, workflow.info().workflow_id),
+            NodeAdmission(spec, capacity),
             **QUICK,
             summary="Admit the node to routing",
         )

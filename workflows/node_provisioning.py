@@ -166,7 +166,7 @@ class NodeProvisioning:
         self._is_admitting = True
         await workflow.execute_activity_method(
             NodeActivities.admit_node,
-            NodeAdmission(spec, capacity, node_workflow_id(spec.node_id)),
+            NodeAdmission(spec, capacity),
             **QUICK,
             summary="Admit the node to routing",
         )
@@ -187,6 +187,10 @@ class NodeProvisioning:
         except WorkflowAlreadyStartedError:
             # A node has one lifecycle (F5), whoever started it.
             workflow.logger.info("%s runs already", workflow_id)
+        # Until now a drain came to this workflow, from now on it goes there.
+        await workflow.execute_activity_method(
+            NodeActivities.hand_over_node, spec, **QUICK, summary="Make the lifecycle responsible"
+        )
         if self._stop_reason is not None:
             try:
                 await workflow.get_external_workflow_handle(workflow_id).signal(DRAIN, self._stop_reason)

@@ -79,7 +79,7 @@ class Entities:
                 continue
             # Its workflow may have ended properly since the row was read, or have handed it over.
             current = await read_again(node.id)
-            if current is None or current.generation != node.generation:
+            if current is None or current != node:
                 continue
             is_orphan = node.state in ON_THE_WAY
             (kept.orphaned if is_orphan else kept.adopted).append(node.node_id)

@@ -82,11 +82,10 @@ class NodeOrder:
 
 @dataclass(frozen=True)
 class NodeAdmission:
-    """A node that has generated: its measured speed in tokens/s, and the workflow that takes care of it from now on."""
+    """A node that has generated: its measured speed in tokens/s."""
 
     spec: NodeSpec
     capacity_tokens_per_s: int
-    workflow_id: str
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ class NodeStore:
         SET state = $3, generation = generation + 1, changed_at = now(),
             reason = $4, endpoint = coalesce($5, endpoint),
             capacity_tokens_per_s = coalesce($6, capacity_tokens_per_s),
-            workflow_id = coalesce($8, workflow_id),
             ready_at = CASE WHEN $3 = 'ready' THEN now() ELSE ready_at END,
             ended_at = CASE WHEN $3 IN ('terminated', 'failed', 'lost') THEN now() ELSE ended_at END
         WHERE id = $1 AND state = ANY($2::text[]) AND (tombstoned_at IS NULL OR NOT $7)
@@ -60,6 +59,9 @@ class NodeStore:
         SET tombstoned_at = now(), generation = n.generation + 1, changed_at = now(), reason = $12
         WHERE n.tombstoned_at IS NULL
     """
+
+    # No new generation: nothing that is routed by has changed.
+    HAND_OVER = "UPDATE nodes SET workflow_id = $2 WHERE id = $1 AND workflow_id <> $2"
 
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
@@ -146,7 +148,6 @@ class NodeStore:
         *,
         endpoint: str | None = None,
         capacity_tokens_per_s: int | None = None,
-        workflow_id: str | None = None,
     ) -> Node:
         """Move the node along `TRANSITIONS`. Finding it there already is success, so a repeat changes nothing.
 
@@ -164,7 +165,6 @@ class NodeStore:
             endpoint,
             capacity_tokens_per_s,
             event not in LEADING_OUT,
-            workflow_id,
         )
         if row is not None:
             return _node(row)
@@ -174,6 +174,10 @@ class NodeStore:
         if node.state is not target:
             raise InvariantViolated(f"node {node.node_id} is {node.state} and cannot {event}")
         return node
+
+    async def hand_over(self, node_id: UUID, workflow_id: str) -> None:
+        """Name the workflow that is responsible for the node from now on."""
+        await self._pool.execute(self.HAND_OVER, node_id, workflow_id)
 
     async def tombstone(self, intent: Intent, reason: str) -> Node:
         """Forbid for ever that the node is launched or admitted. Written before anything of it is undone.

@@ -95,7 +95,7 @@ class TestDeath:
         await fleet.until("out of routing", lambda: _is_out(fleet, victim), within_s=6)
         await fleet.until_state(NodeState.LOST)
         nodes = await serving(fleet, 2)
-        assert other in nodes
+        assert other.id in {node.id for node in nodes}
         assert len(await fleet.nodes.list_all()) == 3
         assert (await fleet.lifecycle(victim).result())["state"] == "lost"
         await fleet.check_books()

@@ -154,7 +154,7 @@ class TestWithRealEngines:
         os.kill(machine["pid"], signal.SIGKILL)
         killed_at = time.monotonic()
         await fleet.until("it is lost", lambda: _is(fleet, first.id, NodeState.LOST), within_s=30)
-        second = await fleet.until_state(NodeState.READY, within_s=60)
+        second = await fleet.until_looked_after()
         assert second.id != first.id
         print(f"replaced after {time.monotonic() - killed_at:.1f} s")
         assert {machine["cluster"] for machine in await door.machines()} == {second.cluster}
