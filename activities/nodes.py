@@ -175,7 +175,8 @@ class NodeActivities:
         provider = asked.provider or self._default_provider
         if provider not in self._providers and provider != JOINED:
             known = ", ".join(sorted(self._providers))
-            raise Rejected(f"Unknown provider {provider!r}. Use one of: {known}.", code="unknown_provider")
+            choice = f"use one of: {known}" if known else "no cloud is connected here; `nodes join` takes machines that run"
+            raise Rejected(f"Cannot launch through {provider!r}: {choice}.", code="unknown_provider")
         if provider == JOINED and not endpoint:
             raise Rejected("A node that exists already is not provisioned: use `nodes join`.", code="unknown_provider")
         for name in ("launch_timeout_s", "boot_timeout_s", "load_timeout_s", "drain_timeout_s"):
