@@ -175,7 +175,9 @@ class NodeActivities:
         provider = asked.provider or self._default_provider
         if provider not in self._providers and provider != JOINED:
             known = ", ".join(sorted(self._providers))
-            choice = f"use one of: {known}" if known else "no cloud is connected here; `nodes join` takes machines that run"
+            choice = (
+                f"use one of: {known}" if known else "no cloud is connected here; `nodes join` takes machines that run"
+            )
             raise Rejected(f"Cannot launch through {provider!r}: {choice}.", code="unknown_provider")
         if provider == JOINED and not endpoint:
             raise Rejected("A node that exists already is not provisioned: use `nodes join`.", code="unknown_provider")
