@@ -63,9 +63,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    # A process that used temporalio sometimes dies while the interpreter ends; the verdict is known by now.
+    # A process that used temporalio sometimes dies while the interpreter ends; the verdict is known by now. One that
+    # runs tests for another process still has to hand in its own.
     status = config.stash.get(_EXIT_STATUS, None)
-    if status is not None:
+    if status is not None and not hasattr(config, "workerinput"):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

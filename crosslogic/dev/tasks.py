@@ -75,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def select(arguments: Sequence[str]) -> list[str] | None:
     """pytest's arguments for `./test ARGUMENTS`, or None if the first is neither a suite, an option nor a path."""
-    default = ["-m", " and ".join(f"not {suite.name}" for suite in SUITES if suite.is_long)]
+    # Most of the time a test waits for a server: two processes, each with servers of its own, and whole files to each.
+    default = ["-n", "2", "--dist", "loadfile", "-m", " and ".join(f"not {s.name}" for s in SUITES if s.is_long)]
     if not arguments or arguments[0].startswith("-"):
         return [*default, *arguments]
     name, *extra = arguments

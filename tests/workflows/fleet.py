@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import asyncpg
 from temporalio.client import Client, WorkflowHandle
+from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 from temporalio.worker import Worker
 
@@ -214,8 +215,10 @@ class FleetUnderTest:
         return await self.client.start_workflow(
             names.DEPLOYMENT_SCALING,
             {"deployment": name},
-            id=f"{names.deployment_workflow_id(name)}",
+            id=names.deployment_workflow_id(name),
             task_queue=self.task_queue,
+            # Tests share the server, and the workflow's id derives from the deployment alone.
+            id_conflict_policy=WorkflowIDConflictPolicy.TERMINATE_EXISTING,
         )
 
     async def watch(self, region: str = "in-mumbai") -> WorkflowHandle[Any, Any]:
@@ -224,6 +227,7 @@ class FleetUnderTest:
             {"region": region},
             id=names.fleet_health_workflow_id(region),
             task_queue=self.task_queue,
+            id_conflict_policy=WorkflowIDConflictPolicy.TERMINATE_EXISTING,
         )
 
     async def only_node(self) -> Node:
