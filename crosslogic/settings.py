@@ -76,6 +76,7 @@ class Settings(BaseSettings):
     local_cloud_url: str = Field(default="http://127.0.0.1:8790", description="The local cloud's API (dev mode).")
     local_cloud_token: SecretStr | None = Field(default=None, description="Bearer token of the local cloud's API.")
     skypilot_url: str = Field(default="http://127.0.0.1:46580", description="SkyPilot's API server.")
+    stripe_url: str = Field(default="", description="Where Stripe's API is, if not at Stripe; for tests.")
     stripe_api_key: SecretStr | None = Field(default=None, description="Stripe secret key; billing is off without one.")
 
     probe_interval_s: float = Field(

@@ -27,6 +27,9 @@ from crosslogic.dev.valkey import Valkey
 from crosslogic.hot import connection as hot
 from crosslogic.settings import Settings
 from crosslogic.store.migrations import migrate
+from tests.stripe_account import stripe_account
+
+__all__ = ["stripe_account"]
 
 START_TIMEOUT_S = 60.0
 TEMPLATE = "migrated"

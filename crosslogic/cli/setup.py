@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def setup(
     wait_s: Annotated[float, typer.Option(help="Wait so long for Postgres and Temporal to answer.", min=0)] = 60.0,
 ) -> None:
-    """Bring the schema up to date, register the search attributes, and in dev mode sow the demo.
+    """Bring the schema up to date, register the search attributes, check the Stripe key; in dev mode sow the demo.
 
     Where Postgres and Temporal are is taken from the CROSSLOGIC_… settings. Running it again is harmless.
     """
@@ -60,6 +60,8 @@ def setup(
 
 
 async def _run(settings: Settings, wait_s: float) -> None:
+    import asyncio
+
     from crosslogic.store.migrations import migrate
 
     began = time.monotonic()
@@ -77,6 +79,10 @@ async def _run(settings: Settings, wait_s: float) -> None:
     registered = await _wait_for("Temporal", deadline, register)
     _say(began, f"search attributes: {'registered ' + ', '.join(registered) if registered else 'all there'}")
 
+    if settings.stripe_api_key is not None:
+        began = time.monotonic()
+        _say(began, f"billing: {await asyncio.to_thread(_check_stripe, settings)}")
+
     if not settings.is_dev:
         return
     began = time.monotonic()
@@ -89,6 +95,20 @@ async def _run(settings: Settings, wait_s: float) -> None:
     finally:
         await pool.close()
     _say(began, f"demo: {'; '.join(sown) if sown else 'all there'}")
+
+
+def _check_stripe(settings: Settings) -> str:
+    """Which account the key opens. Raises Rejected for a key that opens none; an outage of Stripe stops nothing."""
+    from crosslogic.clients import stripe
+    from crosslogic.domain.errors import Unavailable
+
+    assert settings.stripe_api_key is not None
+    try:
+        return stripe.check_account(
+            stripe.connect(settings.stripe_api_key.get_secret_value(), base_url=settings.stripe_url or None)
+        )
+    except Unavailable as error:
+        return error.message
 
 
 async def _wait_for(what: str, deadline: float, attempt: Callable[[], Awaitable[Answer]]) -> Answer:

@@ -193,6 +193,15 @@ class TestConnection:
         other = run("keys", "list", "--api", f"{stack}/elsewhere")
         assert other.returncode == 1
 
+    def test_setup_checks_the_stripe_key(self, run: Run, stripe_account: str) -> None:
+        done = run("setup", CROSSLOGIC_STRIPE_API_KEY="sk_test_good", CROSSLOGIC_STRIPE_URL=stripe_account)
+        assert done.returncode == 0, done.stderr
+        assert "billing: Stripe account in test mode" in done.stdout
+        done = run("setup", CROSSLOGIC_STRIPE_API_KEY="sk_test_wrong", CROSSLOGIC_STRIPE_URL=stripe_account)
+        assert done.returncode == 1
+        assert "CROSSLOGIC_STRIPE_API_KEY" in done.stderr
+        assert "sk_test_wrong" not in done.stderr + done.stdout
+
     def test_setup_says_which_setting_is_wrong(self, run: Run) -> None:
         done = run("setup", "--wait-s", "0", CROSSLOGIC_MODE="production", CROSSLOGIC_ADMIN_TOKEN="too-short")
         assert done.returncode == 1
