@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
 
 from api import admin, error_handlers
 from api.admin.context import AdminContext
@@ -51,16 +50,9 @@ log = logging.getLogger("crosslogic.api")
 
 
 class CrossLogicAPI(FastAPI):
-    """FastAPI for everything but `/v1`, which goes straight to the hot path."""
+    """FastAPI for everything but `/v1`, which api.inference.server takes from the socket straight to `inference`."""
 
     inference: Inference | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI entry."""
-        if scope["type"] == "http" and self.inference is not None and scope["path"].startswith("/v1/"):
-            await self.inference(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         """FastAPI's document with the hot path's part added."""

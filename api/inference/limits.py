@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from crosslogic.domain.errors import Unavailable
@@ -29,6 +30,11 @@ class Hold:
     tokens: int
     standing: Standing
 
+    @property
+    def lines(self) -> bytes:
+        """The header lines that tell a client how its limits stand."""
+        return b"".join([b"%b: %b\r\n" % header for header in self.standing.headers()])
+
 
 class Limits:
     """Places and settles holds; keeps those of long streams alive."""
@@ -37,6 +43,7 @@ class Limits:
         self._book = book
         self._subjects: dict[UUID, tuple[Principal, Sequence[Limited]]] = {}
         self._open: set[str] = set()
+        self._endings: set[asyncio.Future[None]] = set()
 
     def _subjects_of(self, principal: Principal) -> Sequence[Limited]:
         known = self._subjects.get(principal.key_id)
@@ -56,15 +63,20 @@ class Limits:
         self._open.add(request_id)
         return Hold(request_id, tokens, answer.standing)
 
-    async def settle(self, hold: Hold, used_tokens: int, used_spend_microdollars: int) -> None:
+    def settle(self, hold: Hold, used_tokens: int, used_spend_microdollars: int) -> None:
         """End a hold; what it held becomes what was used."""
         self._open.discard(hold.id)
-        await self._book.settle(hold.id, used_tokens, used_spend_microdollars, _now_ms())
+        self._end(self._book.settle(hold.id, used_tokens, used_spend_microdollars, _now_ms()))
 
-    async def release(self, hold: Hold) -> None:
+    def release(self, hold: Hold) -> None:
         """End a hold as if it had never been: the request was not our client's to pay for in any way."""
         self._open.discard(hold.id)
-        await self._book.release(hold.id, _now_ms())
+        self._end(self._book.release(hold.id, _now_ms()))
+
+    def _end(self, ending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
 
     async def keep_renewing(self) -> None:
         """Run for the life of the process."""

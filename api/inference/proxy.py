@@ -1,7 +1,8 @@
 """The relay: one admitted call, from the choice of a node to the settled usage record.
 
 Before the client has seen a byte, a node's failure costs it nothing but time: another node is tried, three tries in
-all, within a budget of retries. The client hanging up closes the engine's connection at once, in every phase.
+all, within a budget of retries. After it, another node goes on with the answer where that can be done exactly
+(api.inference.continuation). The client hanging up closes the engine's connection at once, in every phase.
 """
 
 from __future__ import annotations
@@ -11,34 +12,30 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
-from uuid import UUID
 
 import msgspec
 
-from api.inference.calls import BYTES_PER_TOKEN, Call
+from api.inference.calls import BYTES_PER_TOKEN
+from api.inference.continuation import ExtendedAnswer, RepeatedAnswer, Way, body_for, way_for
+from api.inference.counting import count_tokens
 from api.inference.events import DONE, EventStream, answer_bytes, usage_tokens
-from api.inference.limits import Hold, Limits
+from api.inference.limits import Limits
 from api.inference.metering import UsageLog
 from api.inference.observing import Observer
+from api.inference.relayed import Relayed
 from api.inference.router import Node, RouteTable
 from api.inference.upstream import ClientGone, Connection, FailureKind, NodeFailure
-from crosslogic.domain.catalog import Catalog, Model
+from crosslogic.domain.catalog import Catalog
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
-from crosslogic.domain.regions import RegionPlan
-from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, UsageRecord, list_price_microdollars
+from crosslogic.domain.usage import Outcome, Progress
 
 log = logging.getLogger("crosslogic.relay")
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
 MOST_TRIES = 3
+# How often one answer may change nodes once it has begun.
+MOST_TAKEOVERS = 3
 RETRY_SHARE = 0.1
 RETRIES_PER_S = 10.0
 LONGEST_ANSWER_BYTES = 64 * 1024 * 1024
@@ -80,6 +77,10 @@ class Deadlines:
     hold_s: float
 
 
+class _Unextendable(NodeFailure):
+    """The engine does not take the beginning of an answer as its own; the node is well."""
+
+
 class RetryBudget:
     """Retries may be a tenth of the requests and ten a second besides, so that trouble is not multiplied (H2)."""
 
@@ -101,156 +102,6 @@ class RetryBudget:
         return True
 
 
-class Lifeline:
-    """Watches for the client hanging up once its body is read."""
-
-    __slots__ = ("is_gone", "on_gone")
-
-    def __init__(self) -> None:
-        self.is_gone = False
-        self.on_gone: Callable[[], None] | None = None
-
-    async def watch(self, receive: Receive) -> None:
-        """Return when the client is gone, after `on_gone` was called."""
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.is_gone = True
-        if self.on_gone is not None:
-            self.on_gone()
-
-
-class Relayed:
-    """One admitted call while it runs, and what is known of its answer so far."""
-
-    __slots__ = (
-        "cached_tokens",
-        "call",
-        "completion_tokens",
-        "deadline_at",
-        "events",
-        "has_begun",
-        "hold",
-        "id",
-        "intent",
-        "is_accepted",
-        "is_settled",
-        "lifeline",
-        "model",
-        "node",
-        "outcome",
-        "plan",
-        "prompt_tokens",
-        "reported_tokens",
-        "shown_id",
-        "source",
-        "started_at",
-        "status",
-        "tries",
-        "ttft_s",
-    )
-
-    def __init__(
-        self,
-        id: UUID,
-        shown_id: str,
-        call: Call,
-        model: Model,
-        plan: RegionPlan,
-        hold: Hold,
-        intent: Intent,
-        now: float,
-    ) -> None:
-        self.id = id
-        self.shown_id = shown_id
-        self.call = call
-        self.model = model
-        self.plan = plan
-        self.hold = hold
-        self.intent = intent
-        self.started_at = now
-        self.deadline_at = now
-        self.lifeline = Lifeline()
-        self.node: Node | None = None
-        self.events: EventStream | None = None
-        self.tries = 0
-        self.has_begun = False
-        self.is_accepted = False
-        self.is_settled = False
-        self.reported_tokens = 0
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
-        self.cached_tokens = 0
-        self.source = TokenSource.NONE
-        self.status = 0
-        self.outcome = Outcome.FAILED
-        self.ttft_s: float | None = None
-
-    def headers(self, content_type: bytes) -> Headers:
-        """The answer's headers; the engine's own never pass."""
-        headers = [(b"content-type", content_type), (b"x-request-id", self.shown_id.encode())]
-        if self.node is not None:
-            headers.append((b"x-crosslogic-node", self.node.shown_id))
-            headers.append((b"x-crosslogic-region", self.node.shown_region))
-        headers.extend(self.hold.standing.headers())
-        return headers
-
-    def charge(self, usage: tuple[int, int, int] | None, counted_tokens: int) -> None:
-        """Set the tokens from the engine's usage where it can be believed, else from what we counted."""
-        if self.call.kind == "embedding":
-            counted_tokens = 0
-            usage = None if usage is None else (usage[0], 0, usage[2])
-        if usage is not None and self._is_possible(*usage):
-            self.prompt_tokens, self.completion_tokens, self.cached_tokens = usage
-            self.source = TokenSource.ENGINE
-        else:
-            self.prompt_tokens = self.intent.estimated_prompt_tokens
-            self.completion_tokens = counted_tokens
-            self.source = TokenSource.COUNTED
-
-    def _is_possible(self, prompt: int, completion: int, cached: int) -> bool:
-        """No engine can read more than its context and what was sent, or say more than it was allowed to."""
-        call, model = self.call, self.model
-        most_prompt = model.context_tokens * call.choices + BYTES_PER_TOKEN * call.estimated_prompt_tokens
-        return cached <= prompt <= most_prompt and completion <= call.choices * call.completion_limit(model)
-
-    def charge_nothing(self) -> None:
-        """Our failures are not charged."""
-        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
-        self.source = TokenSource.NONE
-
-    def record(self, now: float) -> UsageRecord:
-        """The usage record of this call as it stands."""
-        intent = self.intent
-        return UsageRecord(
-            id=intent.id,
-            client_request_id=intent.client_request_id,
-            org_id=intent.org_id,
-            environment_id=intent.environment_id,
-            key_id=intent.key_id,
-            home_region=intent.home_region,
-            model=intent.model,
-            endpoint_kind=intent.endpoint_kind,
-            is_streamed=intent.is_streamed,
-            served_region=self.node.entry.region if self.node else "",
-            node_id=self.node.id if self.node else None,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            cached_tokens=self.cached_tokens,
-            token_source=self.source,
-            latency_ms=int((now - self.started_at) * 1000),
-            ttft_ms=None if self.ttft_s is None else int(self.ttft_s * 1000),
-            status=self.status,
-            outcome=self.outcome,
-            list_price_microdollars=list_price_microdollars(
-                self.prompt_tokens,
-                self.completion_tokens,
-                intent.input_price_e10,
-                intent.output_price_e10,
-                intent.multiplier_bp,
-            ),
-        )
-
-
 class Relay:
     """Runs admitted calls on nodes."""
 
@@ -267,20 +118,18 @@ class Relay:
         self._streams: set[Relayed] = set()
         self.catalog: Catalog | None = None
 
-    async def run(self, relayed: Relayed, receive: Receive, send: Send) -> None:
+    async def run(self, relayed: Relayed) -> None:
         """Answer an admitted call. Errors before the first byte are raised, with the call settled; later are sent."""
         self._budget.earn()
         relayed.deadline_at = relayed.started_at + self._deadlines.total_s
-        watcher = self._loop.create_task(relayed.lifeline.watch(receive))
         try:
-            await self._relay(relayed, send)
+            relayed.watch()
+            await self._relay(relayed)
         except ClientGone:
             relayed.outcome = Outcome.CLIENT_GONE
             relayed.status = relayed.status or 499
-            if relayed.events is not None and relayed.has_begun:
-                relayed.charge(usage_tokens(relayed.events.usage), relayed.events.tokens)
-            elif relayed.is_accepted:
-                relayed.charge(None, 0)
+            if relayed.is_accepted or relayed.has_begun:
+                await self._charge_gone(relayed)
         except CrossLogicError as error:
             relayed.charge_nothing()
             relayed.outcome = Outcome.REJECTED if isinstance(error, Rejected) else Outcome.FAILED
@@ -293,11 +142,21 @@ class Relay:
             relayed.status = relayed.status or 500
             raise
         finally:
-            watcher.cancel()
             self._streams.discard(relayed)
-            await self._finish(relayed)
+            self._finish(relayed)
 
-    async def _finish(self, relayed: Relayed) -> None:
+    async def _charge_gone(self, relayed: Relayed) -> None:
+        """A client that hung up pays the prompt and what it got: as the engine said, else as its tokenizer counts."""
+        events = relayed.events
+        usage = None if events is None else usage_tokens(events.usage)
+        if usage is None and relayed.node is not None and relayed.call.kind != "embedding":
+            told = "" if events is None else "".join(events.told.text(channel) for channel in events.told.texts)
+            counts = await count_tokens(relayed.node.upstream, relayed.call, told)
+            if counts is not None:
+                usage = (*counts, 0)
+        relayed.charge(usage, lambda: 0 if events is None else events.tokens)
+
+    def _finish(self, relayed: Relayed) -> None:
         record = relayed.record(self._loop.time())
         if not relayed.is_settled:
             try:
@@ -306,65 +165,66 @@ class Relay:
                 log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
         self._observer.finished(record)
         if record.outcome in OUR_FAILURES:
-            ending = self._limits.release(relayed.hold)
+            self._limits.release(relayed.hold)
         else:
             tokens = record.prompt_tokens + record.completion_tokens
-            ending = self._limits.settle(relayed.hold, tokens, record.list_price_microdollars)
-        try:
-            # Shielded: a request that is being cancelled must give its holds back all the same.
-            await asyncio.shield(ending)
-        except Exception:
-            log.exception("the hold of %s was not given back; it expires", relayed.shown_id)
+            self._limits.settle(relayed.hold, tokens, record.list_price_microdollars)
 
     def _settle(self, relayed: Relayed) -> None:
         """Put the usage record into the durable log, once. Raises OSError."""
         self._usage_log.settle(relayed.record(self._loop.time()))
         relayed.is_settled = True
 
-    async def _relay(self, relayed: Relayed, send: Send) -> None:
-        body = relayed.call.engine_body(relayed.model)
+    async def _relay(self, relayed: Relayed) -> None:
+        own_body = body = relayed.call.engine_body(relayed.model)
+        way = Way.RESTART
         tried: list[Node] = []
         # A request that every node answers with 5xx may itself be at fault: it is theirs once another node has managed.
         suspects: list[Node] = []
         while True:
-            node = self._table.choose(relayed.model.name, relayed.plan.candidates, tried)
-            if node is None:
-                if tried:
-                    raise Unavailable(
-                        f"No node could answer for {relayed.model.name}; try again shortly.",
-                        code="nodes_failed",
-                        retry_after_s=2,
-                    )
-                node = await self._hold_for_node(relayed)
+            try:
+                node = await self._choose(relayed, tried)
+            except Unavailable:
+                if relayed.has_begun:
+                    self._cut(relayed)
+                    return
+                raise
             relayed.node = node
             relayed.tries += 1
             node.tokens_in_flight += relayed.hold.tokens
             try:
                 if relayed.call.is_streamed:
-                    await self._stream(relayed, node, body, send)
+                    await self._stream(relayed, node, body, way)
                 else:
-                    await self._exchange(relayed, node, body, send)
+                    await self._exchange(relayed, node, body)
                 for suspect in suspects:
                     suspect.failed(FailureKind.ERROR, self._loop.time())
                 return
             except NodeFailure as failure:
-                relayed.is_accepted = False
-                self._observer.node_failed(relayed.model.name, node.entry.region, failure.kind)
                 is_late = self._loop.time() >= relayed.deadline_at
-                if failure.kind is FailureKind.ERROR and not relayed.has_begun:
-                    suspects.append(node)
-                elif not is_late and node.failed(failure.kind, self._loop.time()):
-                    log.warning("node %s is left out for now: %s", node.entry.node_id, failure.kind)
+                if not isinstance(failure, _Unextendable):
+                    self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
+                    tried.append(node)
                 if relayed.has_begun:
-                    await self._cut(relayed, send)
-                    return
+                    way = self._way_on(relayed, way, failure, is_late=is_late)
+                    if way is Way.NONE:
+                        self._cut(relayed)
+                        return
+                    if way is Way.FINISH:
+                        await self._end_told(relayed, node)
+                        return
+                    events = relayed.events
+                    assert events is not None
+                    is_extended = way is Way.EXTEND
+                    body = body_for(relayed.call, relayed.model, events.told) if is_extended else own_body
+                    continue
+                relayed.is_accepted = False
                 if is_late:
                     raise Unavailable(
                         f"{relayed.model.name} did not answer in time; ask for fewer tokens or stream the answer.",
                         code="deadline_exceeded",
                         retry_after_s=1,
                     ) from failure
-                tried.append(node)
                 if len(tried) >= MOST_TRIES or not self._budget.spend(self._loop.time()):
                     raise Unavailable(
                         f"{len(tried)} node(s) failed to answer for {relayed.model.name}; try again shortly.",
@@ -374,15 +234,48 @@ class Relay:
             finally:
                 node.tokens_in_flight -= relayed.hold.tokens
 
-    async def _hold_for_node(self, relayed: Relayed) -> Node:
+    async def _choose(self, relayed: Relayed, tried: list[Node]) -> Node:
+        node = self._table.choose(relayed.model.name, relayed.plan.candidates, tried)
+        if node is not None:
+            return node
+        if tried and not relayed.has_begun:
+            raise Unavailable(
+                f"No node could answer for {relayed.model.name}; try again shortly.",
+                code="nodes_failed",
+                retry_after_s=2,
+            )
+        return await self._hold_for_node(relayed, tried)
+
+    def _blame(self, relayed: Relayed, node: Node, kind: FailureKind, suspects: list[Node], *, is_late: bool) -> None:
+        self._observer.node_failed(relayed.model.name, node.entry.region, kind)
+        if kind is FailureKind.ERROR and not relayed.has_begun:
+            suspects.append(node)
+        elif not is_late and node.failed(kind, self._loop.time()):
+            log.warning("node %s is left out for now: %s", node.entry.node_id, kind)
+
+    def _way_on(self, relayed: Relayed, last: Way, failure: NodeFailure, *, is_late: bool) -> Way:
+        """How the broken answer goes on, if it may at all (H2)."""
+        assert relayed.events is not None
+        way = way_for(relayed.call, relayed.model, relayed.events.told)
+        if way is Way.FINISH:
+            return way
+        relayed.takeovers += 1
+        if is_late or relayed.takeovers > MOST_TAKEOVERS or not self._budget.spend(self._loop.time()):
+            return Way.NONE
+        if failure.kind is FailureKind.GARBAGE and last is Way.REPEAT:
+            # It was said differently this time, and would be the next.
+            return Way.NONE
+        if last is Way.EXTEND and isinstance(failure, _Unextendable):
+            return Way.REPEAT
+        return way
+
+    async def _hold_for_node(self, relayed: Relayed, tried: list[Node]) -> Node:
         """Wait for a node that is on its way. Raises Unavailable when none is, or at the end of the patience."""
         model, regions = relayed.model.name, relayed.plan.candidates
         until = min(self._loop.time() + self._deadlines.hold_s, relayed.deadline_at)
         gone = self._loop.create_future()
-        relayed.lifeline.on_gone = lambda: None if gone.done() else gone.set_result(None)
-        if relayed.lifeline.is_gone:
-            raise ClientGone
         try:
+            relayed.wait_with(lambda: None if gone.done() else gone.set_result(None))
             while self._is_coming(model, regions):
                 left_s = until - self._loop.time()
                 if left_s <= 0:
@@ -394,7 +287,7 @@ class Relay:
                     change.cancel()
                 if gone.done():
                     raise ClientGone
-                node = self._table.choose(model, regions, ())
+                node = self._table.choose(model, regions, tried)
                 if node is not None:
                     return node
             raise Unavailable(
@@ -403,7 +296,7 @@ class Relay:
                 retry_after_s=USUAL_LEAD_TIME_S,
             )
         finally:
-            relayed.lifeline.on_gone = None
+            relayed.wait_with(None)
 
     def _is_coming(self, model: str, regions: tuple[str, ...]) -> bool:
         if self._table.is_any_on_the_way(model, regions) or self._table.is_any_routable(model, regions):
@@ -415,55 +308,23 @@ class Relay:
             for deployment in catalog.deployments.values()
         )
 
-    async def _begin(self, relayed: Relayed, node: Node, body: bytes) -> tuple[Connection, bytes]:
-        """Send the request to a node: its connection, and the first bytes of the answer's body.
-
-        A kept-alive connection may have been closed by the engine in the meantime: that is no failure of the node, and
-        the request goes out once more on a new one.
-        """
-        trace = b"X-Request-Id: %b\r\n" % relayed.shown_id.encode()
-        request = node.upstream.request(relayed.call.path, body, trace)
-        patience_s = self._deadlines.first_byte_s
-        if not relayed.call.is_streamed and relayed.call.kind != "embedding":
-            patience_s += relayed.call.completion_limit(relayed.model) / SLOWEST_TOKENS_PER_S
-        connection = node.upstream.idle()
-        while True:
-            if connection is None:
-                connection = await self._connect(relayed, node)
-            relayed.lifeline.on_gone = partial(connection.fail, ClientGone())
-            try:
-                if relayed.lifeline.is_gone:
-                    raise ClientGone
-                connection.send(request)
-                relayed.is_accepted = True
-                deadline_at = min(self._loop.time() + patience_s, relayed.deadline_at)
-                first = await connection.read(deadline_at, FailureKind.SILENT)
-                self._check_status(connection.status)
-                return connection, first
-            except NodeFailure as failure:
-                is_stale = failure.kind is FailureKind.RESET and not failure.is_fresh
-                node.upstream.release(connection)
-                if not is_stale:
-                    raise
-                connection = None
-            except BaseException:
-                node.upstream.release(connection)
-                raise
-
     async def _connect(self, relayed: Relayed, node: Node) -> Connection:
         """A new connection. Raises NodeFailure(CONNECT), or ClientGone as soon as nobody waits for it."""
         try:
             async with asyncio.timeout(self._deadlines.connect_s) as patience:
-                relayed.lifeline.on_gone = lambda: patience.reschedule(self._loop.time())
-                if relayed.lifeline.is_gone:
-                    raise ClientGone
+                relayed.wait_with(lambda: patience.reschedule(self._loop.time()))
                 return await node.upstream.connect()
         except (OSError, TimeoutError) as error:
-            if relayed.lifeline.is_gone:
+            if relayed.exchange.disconnected:
                 raise ClientGone from error
             raise NodeFailure(FailureKind.CONNECT, repr(error)) from error
         finally:
-            relayed.lifeline.on_gone = None
+            relayed.wait_with(None)
+
+    def _request(self, relayed: Relayed, node: Node, body: bytes) -> bytes:
+        return node.upstream.request(
+            relayed.call.path.encode(), body, b"X-Request-Id: %b\r\n" % relayed.shown_id.encode()
+        )
 
     def _check_status(self, status: int) -> None:
         if status in BUSY:
@@ -473,25 +334,37 @@ class Relay:
         if status < 200 or 300 <= status < 400:
             raise NodeFailure(FailureKind.GARBAGE, str(status))
 
-    async def _read_all(self, relayed: Relayed, connection: Connection, first: bytes) -> bytes:
-        parts, size = [first], len(first)
-        while first:
-            first = await connection.read(relayed.deadline_at, FailureKind.TOTAL)
-            parts.append(first)
-            size += len(first)
-            if size > LONGEST_ANSWER_BYTES:
-                raise NodeFailure(FailureKind.GARBAGE, "endless answer")
-        return b"".join(parts)
+    # Whole answers
 
-    async def _exchange(self, relayed: Relayed, node: Node, body: bytes, send: Send) -> None:
+    async def _exchange(self, relayed: Relayed, node: Node, body: bytes) -> None:
         """A call with one JSON answer."""
-        connection, first = await self._begin(relayed, node, body)
-        try:
-            answer = await self._read_all(relayed, connection, first)
-            status = connection.status
-        finally:
-            relayed.lifeline.on_gone = None
-            node.upstream.release(connection)
+        request = self._request(relayed, node, body)
+        patience_s = self._deadlines.first_byte_s
+        if relayed.call.kind != "embedding":
+            patience_s += relayed.call.completion_limit(relayed.model) / SLOWEST_TOKENS_PER_S
+        connection = node.upstream.idle()
+        while True:
+            if connection is None:
+                connection = await self._connect(relayed, node)
+            try:
+                relayed.attach(connection)
+                if relayed.exchange.disconnected:
+                    raise ClientGone
+                connection.send(request)
+                relayed.is_accepted = True
+                first_at = min(self._loop.time() + patience_s, relayed.deadline_at)
+                answer = await connection.read_all(first_at, relayed.deadline_at, LONGEST_ANSWER_BYTES)
+                status = connection.status
+                break
+            except NodeFailure as failure:
+                if failure.kind is not FailureKind.RESET or failure.is_fresh:
+                    raise
+                # A kept-alive connection that the engine had closed in the meantime is no failure of the node.
+            finally:
+                relayed.detach()
+                node.upstream.release(connection)
+            connection = None
+        self._check_status(status)
         if status >= 400:
             raise self._engine_rejection(status, answer)
         try:
@@ -505,7 +378,7 @@ class Relay:
         usage = document.get("usage")
         relayed.ttft_s = self._loop.time() - relayed.started_at
         counts = usage_tokens(cast("dict[str, Any]", usage) if isinstance(usage, dict) else None)
-        relayed.charge(counts, answer_bytes(document) // BYTES_PER_TOKEN)
+        relayed.charge(counts, lambda: answer_bytes(document) // BYTES_PER_TOKEN)
         if "timings" in document or document.get("model") != relayed.model.name or relayed.call.is_query_form:
             document.pop("timings", None)
             document["model"] = relayed.model.name
@@ -514,13 +387,6 @@ class Relay:
             answer = _encode(document)
         relayed.outcome = Outcome.COMPLETED
         relayed.status = 200
-        self._settle_or_refuse(relayed)
-        headers = relayed.headers(b"application/json")
-        headers.append((b"content-length", b"%d" % len(answer)))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": answer})
-
-    def _settle_or_refuse(self, relayed: Relayed) -> None:
         try:
             self._settle(relayed)
         except OSError as error:
@@ -528,55 +394,121 @@ class Relay:
             raise Unavailable(
                 "Usage cannot be recorded at the moment; try again later.", code="usage_log_failed"
             ) from error
+        relayed.exchange.respond(200, relayed.head(b"application/json"), answer)
 
-    async def _stream(self, relayed: Relayed, node: Node, body: bytes, send: Send) -> None:
-        """A call whose answer is relayed as it comes."""
-        connection, data = await self._begin(relayed, node, body)
-        try:
-            if connection.status >= 400:
-                answer = await self._read_all(relayed, connection, data)
-                raise self._engine_rejection(connection.status, answer)
-            if not connection.content_type.startswith(b"text/event-stream"):
-                raise NodeFailure(FailureKind.GARBAGE, "no event stream")
-            events = relayed.events = EventStream(relayed.model.name, wants_usage=relayed.call.wants_usage_chunk)
-            while data:
-                if relayed.lifeline.is_gone:
-                    # What the engine still had to say reaches nobody, so nobody pays for it.
+    # Streams
+
+    async def _stream(self, relayed: Relayed, node: Node, body: bytes, way: Way) -> None:
+        """A call whose answer is relayed as it comes, from its beginning or from where another node broke off."""
+        request = self._request(relayed, node, body)
+        connection = node.upstream.idle()
+        while True:
+            if connection is None:
+                connection = await self._connect(relayed, node)
+            try:
+                relayed.attach(connection)
+                if relayed.exchange.disconnected:
                     raise ClientGone
-                whole = events.feed(data)
-                if whole:
-                    if not relayed.has_begun:
-                        relayed.has_begun = True
-                        relayed.status = 200
-                        relayed.ttft_s = self._loop.time() - relayed.started_at
-                        self._streams.add(relayed)
-                        headers = relayed.headers(b"text/event-stream; charset=utf-8")
-                        headers.append((b"cache-control", b"no-cache"))
-                        await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    await send({"type": "http.response.body", "body": whole, "more_body": True})
-                if events.is_done:
-                    with contextlib.suppress(NodeFailure):
-                        await connection.read(self._loop.time() + LAST_WORDS_S, FailureKind.STALLED)
-                    break
-                deadline_at = min(self._loop.time() + self._deadlines.idle_s, relayed.deadline_at)
-                data = await connection.read(deadline_at, FailureKind.STALLED)
-            if not events.is_done or not relayed.has_begun:
-                raise NodeFailure(FailureKind.RESET, "the stream ended before it was done")
-            node.succeeded()
-        finally:
-            relayed.lifeline.on_gone = None
-            node.upstream.release(connection)
-        relayed.charge(usage_tokens(events.usage), events.tokens)
+                connection.send(request)
+                relayed.is_accepted = True
+                await self._pour(relayed, node, connection, way)
+                return
+            except NodeFailure as failure:
+                is_stale = failure.kind is FailureKind.RESET and not failure.is_fresh and not connection.has_headers
+                if not is_stale:
+                    raise
+            finally:
+                relayed.detach()
+                node.upstream.release(connection)
+            connection = None
+
+    async def _pour(self, relayed: Relayed, node: Node, connection: Connection, way: Way) -> None:
+        deadlines = self._deadlines
+        first_at = min(self._loop.time() + deadlines.first_byte_s, relayed.deadline_at)
+        late = FailureKind.TOTAL if first_at == relayed.deadline_at else FailureKind.SILENT
+        data = await connection.read(first_at, late)
+        self._check_status(connection.status)
+        if connection.status >= 400:
+            if data:
+                data += await connection.read_all(relayed.deadline_at, relayed.deadline_at, LONGEST_ANSWER_BYTES)
+            if relayed.has_begun:
+                raise _Unextendable(FailureKind.GARBAGE, str(connection.status))
+            raise self._engine_rejection(connection.status, data)
+        if not connection.content_type.startswith(b"text/event-stream"):
+            raise NodeFailure(FailureKind.GARBAGE, "no event stream")
+        events = self._events_for(relayed, way)
+        relayed.on_begin = self._streams.add
+        relayed.expect_token(deadlines.idle_s)
+        if data and not relayed.take(data):
+            if events.has_token:
+                await connection.pour(relayed.take, deadlines.idle_s, relayed.deadline_at, FailureKind.TOTAL)
+            else:
+                await connection.pour(relayed.take, deadlines.first_byte_s, first_at, late)
+        if relayed.exchange.disconnected:
+            # What the engine still had to say reaches nobody, so nobody pays for it.
+            raise ClientGone
+        if not events.is_done or not relayed.has_begun:
+            raise NodeFailure(FailureKind.RESET, "the stream ended before it was done")
+        node.succeeded()
+        with contextlib.suppress(NodeFailure):
+            await connection.read(self._loop.time() + LAST_WORDS_S, FailureKind.STALLED)
+        self._end(relayed)
+
+    def _events_for(self, relayed: Relayed, way: Way) -> EventStream:
+        events = relayed.events
+        if events is None or not relayed.has_begun:
+            events = relayed.events = EventStream(relayed.model.name, wants_usage=relayed.call.wants_usage_chunk)
+        elif way is Way.EXTEND:
+            events.go_on(ExtendedAnswer(events.told, relayed.call.kind))
+        else:
+            events.go_on(RepeatedAnswer(events.told))
+        return events
+
+    def _end(self, relayed: Relayed) -> None:
+        """The stream is complete: settle it, and only then send its last bytes (A1)."""
+        events = relayed.events
+        assert events is not None
+        relayed.charge(usage_tokens(events.usage), lambda: events.tokens)
         relayed.outcome = Outcome.COMPLETED
         try:
             self._settle(relayed)
         except OSError as error:
             log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
-            await self._cut(relayed, send)
+            self._cut(relayed)
             return
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        relayed.exchange.end(DONE)
 
-    async def _cut(self, relayed: Relayed, send: Send) -> None:
+    async def _end_told(self, relayed: Relayed, node: Node) -> None:
+        """All was told but the end: say it for the engine that cannot any more."""
+        events = relayed.events
+        assert events is not None
+        told = events.told
+        base: dict[str, Any] = {
+            "id": told.id,
+            "object": "chat.completion.chunk" if relayed.call.kind == "chat" else "text_completion",
+            "created": told.created,
+            "model": relayed.model.name,
+        }
+        if not told.finish_reasons:
+            piece: dict[str, Any] = {"delta": {}} if relayed.call.kind == "chat" else {"text": ""}
+            last = {**base, "choices": [{"index": 0, **piece, "finish_reason": "length"}]}
+            relayed.exchange.write(b"data: " + _encode(last) + b"\n\n")
+        if events.usage is None:
+            other = self._table.choose(relayed.model.name, relayed.plan.candidates, [node])
+            text = "".join(told.text(channel) for channel in told.texts)
+            counts = None if other is None else await count_tokens(other.upstream, relayed.call, text)
+            prompt, completion = counts or (relayed.intent.estimated_prompt_tokens, told.tokens)
+            events.usage = {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
+            if relayed.call.wants_usage_chunk:
+                usage = {**base, "choices": [], "usage": events.usage}
+                relayed.exchange.write(b"data: " + _encode(usage) + b"\n\n")
+        self._end(relayed)
+
+    def _cut(self, relayed: Relayed) -> None:
         """Tell the client that its stream ends here by our fault: an error event, never a silent end."""
         relayed.charge_nothing()
         relayed.outcome = Outcome.CUT
@@ -589,7 +521,7 @@ class Relay:
                 "code": "stream_cut",
             }
         }
-        await send({"type": "http.response.body", "body": b"data: " + _encode(event) + b"\n\n", "more_body": False})
+        relayed.exchange.end(b"data: " + _encode(event) + b"\n\n")
 
     def _engine_rejection(self, status: int, answer: bytes) -> Rejected:
         """The engine's own 4xx, as the client may see it: its message without addresses and paths."""
@@ -612,12 +544,12 @@ class Relay:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
             for relayed in list(self._streams):
-                if relayed.events is None or relayed.node is None or relayed.events.tokens == relayed.reported_tokens:
+                if relayed.events is None or relayed.node is None:
                     continue
-                relayed.reported_tokens = relayed.events.tokens
-                self._usage_log.progress(
-                    Progress(relayed.id, relayed.node.id, relayed.node.entry.region, relayed.events.tokens)
-                )
+                tokens = relayed.events.tokens
+                if tokens != relayed.reported_tokens:
+                    relayed.reported_tokens = tokens
+                    self._usage_log.progress(Progress(relayed.id, relayed.node.id, relayed.node.entry.region, tokens))
 
     @property
     def streams(self) -> int:

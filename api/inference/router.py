@@ -36,10 +36,9 @@ class Node:
         "ejected_until",
         "entry",
         "failures",
+        "head",
         "id",
         "is_gone",
-        "shown_id",
-        "shown_region",
         "tokens_in_flight",
         "upstream",
     )
@@ -48,8 +47,8 @@ class Node:
         self.entry = entry
         self.upstream = upstream
         self.id = NODE.parse(entry.node_id)
-        self.shown_id = entry.node_id.encode()
-        self.shown_region = entry.region.encode()
+        # The lines by which every answer says who gave it.
+        self.head = (f"x-crosslogic-node: {entry.node_id}\r\nx-crosslogic-region: {entry.region}\r\n").encode()
         self.tokens_in_flight = 0
         self.failures = 0
         self.connect_failures = 0

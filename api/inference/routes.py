@@ -1,4 +1,4 @@
-"""The OpenAI surface under `/v1`, as one ASGI handler: no framework between the socket and the relay."""
+"""The OpenAI surface under `/v1`: no framework between the socket and the relay."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
+from uuid import UUID
 
 import msgspec
 
@@ -17,8 +18,10 @@ from api.inference.calls import PATHS, Call, check_fit, read_call
 from api.inference.limits import Limits
 from api.inference.metering import UsageLog
 from api.inference.observing import Observer
-from api.inference.proxy import Headers, Receive, Relay, Relayed, Send, now_ms
+from api.inference.proxy import Relay, now_ms
+from api.inference.relayed import Relayed
 from api.inference.router import RouteTable
+from api.inference.server import BodyTooLarge, Exchange
 from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
@@ -32,14 +35,9 @@ LONGEST_CLIENT_REQUEST_ID = 128
 # What the whole request may take to arrive; slower clients hold memory for nothing.
 BODY_TIMEOUT_S = 60.0
 
-Scope = Mapping[str, Any]
 ReadUsage = Callable[[Principal, Mapping[str, str]], Awaitable[dict[str, Any]]]
 
 _encode = msgspec.json.Encoder().encode
-
-
-class _ClientLeft(Exception):
-    """The client hung up before its request was complete: there is nobody to answer."""
 
 
 class Inference:
@@ -80,8 +78,8 @@ class Inference:
         self._catalog = catalog
         self._relay.catalog = catalog
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request whose path starts with `/v1`."""
+    async def __call__(self, exchange: Exchange) -> None:
+        """Answer one HTTP request whose path starts with `/v1/`. Raises nothing."""
         started_at = self._loop.time()
         request_id = uuid7(now_ms(), int.from_bytes(os.urandom(10), "big"))
         shown_id = REQUEST.show(request_id)
@@ -89,7 +87,7 @@ class Inference:
         length = -1
         relayed: Relayed | None = None
         try:
-            for name, value in scope["headers"]:
+            for name, value in exchange.headers:
                 if name == b"authorization":
                     authorization = value
                 elif name == b"content-length":
@@ -99,11 +97,11 @@ class Inference:
                 elif name == b"x-request-id":
                     client_request_id = value
             principal = await self._keys.authenticate(authorization)
-            path: str = scope["path"]
+            path = exchange.path
             if path not in PATHS:
-                await self._look_up(path, scope, principal, shown_id, send)
+                await self._look_up(path, exchange, principal, shown_id)
                 return
-            if scope["method"] != "POST":
+            if exchange.method != b"POST":
                 raise Rejected(f"Use POST for {path}.", status=405, code="method_not_allowed")
             if not role_allows(principal.role, Action.INFER):
                 raise Rejected(
@@ -111,27 +109,33 @@ class Inference:
                     status=403,
                     code="role_not_allowed",
                 )
-            raw = await self._read_body(receive, length)
-            call = read_call(path, raw, scope["query_string"], region.decode("latin-1"))
+            raw = await self._read_body(exchange, length)
+            call = read_call(path, raw, exchange.query, region.decode("latin-1"))
             model = self._resolve(call, principal)
-            relayed = await self._admit(request_id, shown_id, call, model, principal, client_request_id, started_at)
-            await self._relay.run(relayed, receive, send)
-        except _ClientLeft:
+            relayed = await self._admit(
+                exchange, request_id, shown_id, call, model, principal, client_request_id, started_at
+            )
+            await self._relay.run(relayed)
+        except ConnectionError:
+            # The client hung up before its request was complete: there is nobody to answer.
             pass
         except CrossLogicError as error:
             if relayed is None:
                 self._observer.refused(getattr(error, "code", "internal"))
-            await self._send_error(error, shown_id, relayed, send)
+            self._send_error(error, shown_id, relayed, exchange)
         except Exception as error:
             log.exception("request %s failed by our own fault", shown_id)
             if relayed is None or not relayed.has_begun:
-                await self._send_error(error, shown_id, relayed, send)
-            else:
-                raise
+                self._send_error(error, shown_id, relayed, exchange)
+        finally:
+            if not exchange.response_complete:
+                # A broken connection is the one honest end of an answer that cannot be completed.
+                exchange.abort()
 
     async def _admit(
         self,
-        request_id: Any,
+        exchange: Exchange,
+        request_id: UUID,
         shown_id: str,
         call: Call,
         model: Model,
@@ -171,9 +175,9 @@ class Inference:
         try:
             self._usage_log.intend(intent)
         except BaseException:
-            await self._limits.release(hold)
+            self._limits.release(hold)
             raise
-        return Relayed(request_id, shown_id, call, model, plan, hold, intent, started_at)
+        return Relayed(exchange, request_id, shown_id, call, model, plan, hold, intent, self._loop, started_at)
 
     def _resolve(self, call: Call, principal: Principal) -> Model:
         model = self.catalog.resolve_model(call.model)
@@ -194,45 +198,35 @@ class Inference:
         check_fit(call, model)
         return model
 
-    async def _read_body(self, receive: Receive, length: int) -> bytes:
+    async def _read_body(self, exchange: Exchange, length: int) -> bytes:
         most = self._max_body_bytes
         if length > most:
             raise self._too_large()
-        body = b""
-        parts: list[bytes] = []
-        size = 0
         try:
+            if not exchange.more_body:
+                return await exchange.read_body(most)
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientLeft
-                    body = message.get("body", b"")
-                    size += len(body)
-                    if size > most:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        break
-                    parts.append(body)
+                return await exchange.read_body(most)
+        except BodyTooLarge as error:
+            raise self._too_large() from error
         except TimeoutError as error:
             raise Rejected("The body did not arrive in time.", status=408, code="body_timeout") from error
-        return b"".join([*parts, body]) if parts else body
 
     def _too_large(self) -> Rejected:
         return Rejected(f"The body is larger than {self._max_body_bytes} bytes.", status=413, code="body_too_large")
 
     # Look-ups
 
-    async def _look_up(self, path: str, scope: Scope, principal: Principal, shown_id: str, send: Send) -> None:
+    async def _look_up(self, path: str, exchange: Exchange, principal: Principal, shown_id: str) -> None:
         if path == "/v1/models" or path.startswith("/v1/models/") or path == "/v1/usage":
-            if scope["method"] not in ("GET", "HEAD"):
+            if exchange.method not in (b"GET", b"HEAD"):
                 raise Rejected(f"Use GET for {path}.", status=405, code="method_not_allowed")
         else:
             raise Rejected(f"There is nothing at {path[:200]}. See GET /openapi.json.", status=404, code="not_found")
         if path == "/v1/usage":
             if not role_allows(principal.role, Action.READ_USAGE):
                 raise Rejected("This key may not read usage.", status=403, code="role_not_allowed")
-            values = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=32)
+            values = parse_qs(exchange.query.decode("latin-1"), max_num_fields=32)
             answer = await self._read_usage(principal, {name: found[-1] for name, found in values.items()})
         elif path == "/v1/models":
             answer = {
@@ -250,7 +244,8 @@ class Inference:
                     param="model",
                 )
             answer = self._card(model, name)
-        await _send_json(200, answer, [(b"x-request-id", shown_id.encode())], send)
+        head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
+        exchange.respond(200, head, _encode(answer))
 
     def _visible(self, principal: Principal) -> list[Model]:
         allowed = principal.allowed_models
@@ -278,20 +273,14 @@ class Inference:
             "metadata": dict(model.metadata),
         }
 
-    async def _send_error(self, error: Exception, shown_id: str, relayed: Relayed | None, send: Send) -> None:
+    def _send_error(self, error: Exception, shown_id: str, relayed: Relayed | None, exchange: Exchange) -> None:
         status, body, more = error_body(error, shown_id)
-        headers: Headers = [(b"x-request-id", shown_id.encode())]
-        if relayed is not None:
-            headers = [header for header in relayed.headers(b"") if header[0] != b"content-type"]
-        headers.extend((name.lower().encode(), value.encode()) for name, value in more.items())
-        await _send_json(status, body, headers, send)
-
-
-async def _send_json(status: int, document: Any, headers: Headers, send: Send) -> None:
-    body = _encode(document)
-    head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})
+        if relayed is None:
+            head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
+        else:
+            head = relayed.head(b"application/json")
+        head += b"".join([f"{name}: {value}\r\n".encode() for name, value in more.items()])
+        exchange.respond(status, head, _encode(body))
 
 
 def _content_length(value: bytes) -> int:

@@ -2,32 +2,34 @@
 
 A general HTTP client costs several times the rest of a request on this path (docs/performance.md), so this one is ours.
 It does what a relay needs and nothing else: one request at a time on a connection, deadlines, abort at any moment, and
-back-pressure towards the engine while the client reads slowly.
+back-pressure towards the engine while the client reads slowly. A stream is *poured*: each piece goes from the engine's
+socket to whoever takes it in one call, without waking a task.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from enum import StrEnum
+from math import inf
 from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
 
-# Unread bytes of one answer beyond which the engine is made to wait, and below which it goes on.
-HIGH_WATER_BYTES = 256 * 1024
-LOW_WATER_BYTES = 64 * 1024
 IDLE_CONNECTIONS = 64
 LONGEST_HEADERS_BYTES = 64 * 1024
+# Timers of the loop are exact to about a millisecond; one that fires so much too early has fired.
+EARLY_S = 0.001
 
 
 class FailureKind(StrEnum):
-    """How a node failed us."""
+    """How a node failed a request. `broke` kinds say that the connection, not the answer, was the trouble."""
 
-    CONNECT = "connect"  # No connection within the deadline, or refused.
+    CONNECT = "connect"  # No connection within the deadline.
     RESET = "reset"  # The connection broke before the answer was complete.
-    SILENT = "silent"  # No first byte within the deadline.
+    SILENT = "silent"  # No first byte, or no first token, within the deadline.
     STALLED = "stalled"  # A stream that stopped between two chunks.
     TOTAL = "total"  # Longer than one request may live.
     GARBAGE = "garbage"  # Not HTTP, or not what was asked for.
@@ -48,20 +50,33 @@ class ClientGone(Exception):
     """The client hung up while its request ran."""
 
 
+# Takes the next piece of a body; True when nothing more is wanted. May raise NodeFailure.
+Sink = Callable[[bytes], bool]
+
+
 class Connection(asyncio.Protocol):
     """One connection to an engine and the exchange that runs on it."""
 
     __slots__ = (
-        "_buffered",
         "_chunks",
+        "_deadline_at",
         "_error",
+        "_idle_s",
         "_is_complete",
+        "_is_enough",
         "_is_paused",
+        "_late",
+        "_late_at_most",
         "_loop",
+        "_most_at",
+        "_most_bytes",
         "_parser",
         "_received",
+        "_sink",
         "_timer",
+        "_timer_at",
         "_waiter",
+        "_wants_all",
         "content_type",
         "has_headers",
         "is_closed",
@@ -76,17 +91,24 @@ class Connection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.is_closed = False
         self.is_fresh = True
+        self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = inf
+        self._deadline_at = inf
+        self._late = self._late_at_most = FailureKind.SILENT
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
+        self._sink: Sink | None = None
         self._chunks: list[bytes] = []
-        self._buffered = 0
         self._received = 0
         self._is_complete = False
+        self._is_enough = False
         self._is_paused = False
+        self._wants_all = False
+        self._idle_s = self._most_at = inf
+        self._most_bytes = inf
         self._error: BaseException | None = None
         self.has_headers = False
         self.status = 0
@@ -104,6 +126,9 @@ class Connection(asyncio.Protocol):
         """Called by the loop: whatever still waits fails."""
         self.is_closed = True
         self.fail(NodeFailure(FailureKind.RESET, str(exc or "closed by the engine"), is_fresh=self.is_fresh))
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
@@ -115,7 +140,7 @@ class Connection(asyncio.Protocol):
             return
         if not self.has_headers:
             self._received += len(data)
-            if self._received > LONGEST_HEADERS_BYTES + HIGH_WATER_BYTES:
+            if self._received > LONGEST_HEADERS_BYTES:
                 self.fail(NodeFailure(FailureKind.GARBAGE, "endless headers"))
                 return
         try:
@@ -124,11 +149,12 @@ class Connection(asyncio.Protocol):
             self.is_closed = True
             self.fail(NodeFailure(FailureKind.GARBAGE, str(error), is_fresh=self.is_fresh))
             return
-        if self._buffered > HIGH_WATER_BYTES and not self._is_paused and self.transport is not None:
-            self._is_paused = True
-            self.transport.pause_reading()
-        if self._chunks or self._is_complete:
+        if self._sink is not None:
+            self._pour_on()
+        elif self._is_complete or (self._chunks and not self._wants_all):
             self._wake()
+        elif self._received > self._most_bytes:
+            self.fail(NodeFailure(FailureKind.GARBAGE, "endless answer"))
 
     # httptools callbacks
 
@@ -139,21 +165,22 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
-        lowered = name.lower()
-        if lowered == b"content-type":
-            self.content_type = value
-        elif lowered == b"retry-after":
+        if len(name) == 12:
+            if name.lower() == b"content-type":
+                self.content_type = value
+        elif len(name) == 11 and name.lower() == b"retry-after":
             self.retry_after = value
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self.status = self._parser.get_status_code()
         self.has_headers = True
+        self._received = 0
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
         self._chunks.append(body)
-        self._buffered += len(body)
+        self._received += len(body)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
@@ -176,6 +203,7 @@ class Connection(asyncio.Protocol):
         if self._error is None:
             self._error = error
         self.is_closed = True
+        self._sink = None
         if self.transport is not None:
             self.transport.abort()
         self._wake()
@@ -190,25 +218,130 @@ class Connection(asyncio.Protocol):
                 raise self._error
             if self._is_complete:
                 return b""
+            await self._wait(deadline_at, late)
+        return self._take()
+
+    async def read_all(self, first_at: float, deadline_at: float, most_bytes: int) -> bytes:
+        """The whole body, which must begin by `first_at`. Raises as `read` does; GARBAGE beyond `most_bytes`."""
+        self._wants_all = True
+        self._most_bytes = most_bytes
+        while not self._is_complete:
+            if self._error is not None:
+                raise self._error
+            if self._received and self.has_headers:
+                await self._wait(deadline_at, FailureKind.TOTAL)
+            else:
+                await self._wait(first_at, FailureKind.SILENT)
+        if self._error is not None:
+            raise self._error
+        return self._take()
+
+    async def pour(self, sink: Sink, idle_s: float, most_at: float, late: FailureKind) -> None:
+        """Hand the rest of the body to `sink`, each piece as it comes, until it wants no more or the body ends.
+
+        A silence of `idle_s` fails as STALLED unless this is paused, `most_at` as `late`. Raises as `read` does, and
+        what the sink raises.
+        """
+        self.postpone(idle_s, most_at, late)
+        self._sink = sink
+        self._set_deadline(min(self._loop.time() + idle_s, most_at), FailureKind.STALLED)
+        if self._chunks:
+            self._pour_on()
+        while not (self._is_complete or self._is_enough):
+            if self._error is not None:
+                raise self._error
             self._waiter = self._loop.create_future()
-            self._timer = self._loop.call_at(deadline_at, self._expire, late)
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-                self._timer.cancel()
-        chunks, self._chunks, self._buffered = self._chunks, [], 0
-        if self._is_paused and self.transport is not None and not self.is_closed:
+        self._sink = None
+        self._deadline_at = inf
+        if self._error is not None:
+            raise self._error
+
+    def _pour_on(self) -> None:
+        sink = self._sink
+        if self._chunks and sink is not None:
+            try:
+                self._is_enough = sink(self._take())
+            except NodeFailure as failure:
+                self.fail(failure)
+                return
+            except Exception as error:
+                # Our own fault; it surfaces where the exchange is waited for.
+                self.fail(error)
+                return
+            if not self._is_paused:
+                self._deadline_at = at = min(self._loop.time() + self._idle_s, self._most_at)
+                if self._timer_at > at:
+                    self._arm(at)
+        if self._is_complete or self._is_enough:
+            self._sink = None
+            self._wake()
+
+    def postpone(self, idle_s: float, most_at: float, late: FailureKind) -> None:
+        """While pouring: other deadlines from the next piece on."""
+        self._idle_s, self._most_at, self._late_at_most = idle_s, most_at, late
+
+    def pause(self) -> None:
+        """The client reads slowly: make the engine wait. Its silence is then no stall."""
+        if not self._is_paused and not self.is_closed and not self._is_complete and self.transport is not None:
+            self._is_paused = True
+            self._set_deadline(self._most_at, self._late_at_most)
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._is_paused:
             self._is_paused = False
-            self.transport.resume_reading()
+            if not self.is_closed and self.transport is not None:
+                self._set_deadline(min(self._loop.time() + self._idle_s, self._most_at), FailureKind.STALLED)
+                self.transport.resume_reading()
+
+    def _take(self) -> bytes:
+        chunks = self._chunks
+        self._chunks = []
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _wait(self, deadline_at: float, late: FailureKind) -> None:
+        self._set_deadline(deadline_at, late)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            self._deadline_at = inf
 
     @property
     def is_reusable(self) -> bool:
         """Has the whole answer arrived and been read, and does the engine keep the connection?"""
         return self._is_complete and not self.is_closed and not self._is_paused
 
-    def _expire(self, late: FailureKind) -> None:
+    # Deadlines: the timer stays where it is while the deadline moves on, and looks again when it fires.
+
+    def _set_deadline(self, at: float, late: FailureKind) -> None:
+        self._deadline_at = at
+        self._late = late
+        if self._timer_at > at:
+            self._arm(at)
+
+    def _arm(self, at: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = at
+        self._timer = self._loop.call_at(at, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        self._timer_at = inf
+        at = self._deadline_at
+        if at == inf:
+            return
+        if self._loop.time() < at - EARLY_S:
+            self._arm(at)
+            return
+        late = self._late_at_most if at >= self._most_at else self._late
         self.fail(NodeFailure(late, "deadline", is_fresh=True))
 
     def _wake(self) -> None:
@@ -243,6 +376,11 @@ class Upstream:
                 return connection
         return None
 
+    @property
+    def idle_connections(self) -> int:
+        """How many connections are kept for the next requests."""
+        return len(self._idle)
+
     async def connect(self) -> Connection:
         """A new connection, however long it takes. Raises OSError."""
         _, connection = await self._loop.create_connection(
@@ -254,15 +392,9 @@ class Upstream:
         )
         return connection
 
-    def request(self, path: str, body: bytes, trace: bytes) -> bytes:
-        """The bytes of one POST; `trace` are whole extra header lines."""
-        return b"POST %b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b" % (
-            path.encode(),
-            self._head,
-            trace,
-            len(body),
-            body,
-        )
+    def request(self, path: bytes, body: bytes, extra: bytes) -> bytes:
+        """The bytes of one POST; `extra` are whole further header lines."""
+        return b"POST %b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n%b" % (path, self._head, extra, len(body), body)
 
     def release(self, connection: Connection) -> None:
         """Give a connection back: kept when its answer is complete, closed otherwise."""

@@ -346,6 +346,7 @@ class Stack:
 
     def _processes(self, environment: dict[str, str]) -> list[Part]:
         uvicorn = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]
+        uvicorn += ["--http", "api.inference.server:HttpProtocol"]
         uvicorn += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", str(_OURS_GRACE_S)]
         return [
             PythonPart("worker", ["worker.py"], environment, sys.executable),

@@ -19,6 +19,7 @@ import uvicorn
 import uvloop
 
 from api.app import create_app
+from api.inference.server import HttpProtocol
 from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.valkey import Valkey
 from crosslogic.domain import ids, keys
@@ -267,7 +268,11 @@ async def serving(settings: Settings, fleet: Fleet) -> AsyncGenerator[Api]:
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    server = _Server(uvicorn.Config(app, log_config=None, lifespan="on", timeout_graceful_shutdown=2, access_log=False))
+    server = _Server(
+        uvicorn.Config(
+            app, http=HttpProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=2, access_log=False
+        )
+    )
     running = asyncio.create_task(server.serve([listener]))
     api = Api(app, f"http://127.0.0.1:{port}", fleet, settings)
     try:

@@ -24,7 +24,7 @@ from tests.engines import Engine
 
 ROOT = Path(__file__).resolve().parents[3]
 ROUNDS = 3
-OPTIONS = ("--no-access-log", "--timeout-graceful-shutdown", "5")
+OPTIONS = ("--http", "api.inference.server:HttpProtocol", "--no-access-log", "--timeout-graceful-shutdown", "5")
 
 
 def _environment(settings: Settings) -> dict[str, str]:

@@ -1,0 +1,227 @@
+"""One admitted call while it runs: what is known of its answer, what the client has got, and what it is charged."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from uuid import UUID
+
+from api.inference.calls import BYTES_PER_TOKEN, Call
+from api.inference.events import EventStream
+from api.inference.limits import Hold
+from api.inference.router import Node
+from api.inference.server import Exchange
+from api.inference.upstream import ClientGone, Connection, FailureKind
+from crosslogic.domain.catalog import Model
+from crosslogic.domain.regions import RegionPlan
+from crosslogic.domain.usage import Intent, Outcome, TokenSource, UsageRecord, list_price_microdollars
+
+_EVENT_STREAM = b"text/event-stream; charset=utf-8\r\ncache-control: no-cache"
+
+
+class Relayed:
+    """The state of one call. The relay drives it; `take` is called with each piece of a stream."""
+
+    __slots__ = (
+        "_idle_s",
+        "_loop",
+        "_stop_waiting",
+        "cached_tokens",
+        "call",
+        "completion_tokens",
+        "connection",
+        "deadline_at",
+        "events",
+        "exchange",
+        "has_begun",
+        "hold",
+        "id",
+        "intent",
+        "is_accepted",
+        "is_settled",
+        "model",
+        "node",
+        "on_begin",
+        "outcome",
+        "plan",
+        "prompt_tokens",
+        "reported_tokens",
+        "shown_id",
+        "source",
+        "started_at",
+        "status",
+        "takeovers",
+        "tries",
+        "ttft_s",
+    )
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        id: UUID,
+        shown_id: str,
+        call: Call,
+        model: Model,
+        plan: RegionPlan,
+        hold: Hold,
+        intent: Intent,
+        loop: asyncio.AbstractEventLoop,
+        now: float,
+    ) -> None:
+        self.exchange = exchange
+        self.id = id
+        self.shown_id = shown_id
+        self.call = call
+        self.model = model
+        self.plan = plan
+        self.hold = hold
+        self.intent = intent
+        self._loop = loop
+        self.started_at = now
+        self.deadline_at = now
+        self._idle_s = 0.0
+        self.node: Node | None = None
+        self.connection: Connection | None = None
+        self._stop_waiting: Callable[[], None] | None = None
+        self.events: EventStream | None = None
+        self.tries = 0
+        self.takeovers = 0
+        self.has_begun = False
+        self.is_accepted = False
+        self.is_settled = False
+        self.on_begin: Callable[[Relayed], None] | None = None
+        self.reported_tokens = 0
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.source = TokenSource.NONE
+        self.status = 0
+        self.outcome = Outcome.FAILED
+        self.ttft_s: float | None = None
+
+    # The client
+
+    def watch(self) -> None:
+        """From now on the client hanging up ends whatever this call waits for (H1)."""
+        self.exchange.on_gone = self._hang_up
+        if self.exchange.disconnected:
+            raise ClientGone
+
+    def wait_with(self, stop: Callable[[], None] | None) -> None:
+        """While the call waits for something other than an engine: how to stop that. Raises ClientGone."""
+        self._stop_waiting = stop
+        if stop is not None and self.exchange.disconnected:
+            raise ClientGone
+
+    def _hang_up(self) -> None:
+        if self.connection is not None:
+            self.connection.fail(ClientGone())
+        if self._stop_waiting is not None:
+            self._stop_waiting()
+
+    def head(self, content_type: bytes) -> bytes:
+        """The answer's header lines; the engine's own never pass."""
+        node = self.node
+        lines = b"content-type: %b\r\nx-request-id: %b\r\n" % (content_type, self.shown_id.encode())
+        if node is not None:
+            lines += node.head
+        return lines + self.hold.lines
+
+    # A stream
+
+    def attach(self, connection: Connection) -> None:
+        """The connection that the answer comes on; a client that reads slowly makes its engine wait."""
+        self.connection = connection
+        self.exchange.on_pause = connection.pause
+        self.exchange.on_resume = connection.resume
+        if self.exchange.is_paused:
+            connection.pause()
+
+    def detach(self) -> None:
+        """The connection is done with."""
+        self.connection = None
+        self.exchange.on_pause = self.exchange.on_resume = None
+
+    def expect_token(self, idle_s: float) -> None:
+        """The next token may take longer than a pause between tokens (`idle_s`)."""
+        self._idle_s = idle_s
+
+    def take(self, data: bytes) -> bool:
+        """Relay a piece of a stream; True once the engine has said that it is done. Raises NodeFailure."""
+        events = self.events
+        assert events is not None
+        had_token = events.has_token
+        whole = events.feed(data)
+        if whole:
+            if not self.has_begun:
+                self.has_begun = True
+                self.status = 200
+                self.exchange.begin(200, self.head(_EVENT_STREAM))
+                if self.on_begin is not None:
+                    self.on_begin(self)
+            self.exchange.write(whole)
+        if events.has_token and not had_token:
+            if self.ttft_s is None:
+                self.ttft_s = self._loop.time() - self.started_at
+            if self.connection is not None:
+                self.connection.postpone(self._idle_s, self.deadline_at, FailureKind.TOTAL)
+        return events.is_done
+
+    # The account
+
+    def charge(self, usage: tuple[int, int, int] | None, count: Callable[[], int]) -> None:
+        """Set the tokens from the engine's usage where it can be believed, else from what we `count`."""
+        is_embedding = self.call.kind == "embedding"
+        if is_embedding:
+            usage = None if usage is None else (usage[0], 0, usage[2])
+        if usage is not None and self._is_possible(*usage):
+            self.prompt_tokens, self.completion_tokens, self.cached_tokens = usage
+            self.source = TokenSource.ENGINE
+        else:
+            self.prompt_tokens = self.intent.estimated_prompt_tokens
+            self.completion_tokens = 0 if is_embedding else count()
+            self.source = TokenSource.COUNTED
+
+    def _is_possible(self, prompt: int, completion: int, cached: int) -> bool:
+        """No engine can read more than its context and what was sent, or say more than it was allowed to."""
+        call, model = self.call, self.model
+        most_prompt = model.context_tokens * call.choices + BYTES_PER_TOKEN * call.estimated_prompt_tokens
+        return cached <= prompt <= most_prompt and completion <= call.choices * call.completion_limit(model)
+
+    def charge_nothing(self) -> None:
+        """Our failures are not charged."""
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
+        self.source = TokenSource.NONE
+
+    def record(self, now: float) -> UsageRecord:
+        """The usage record of this call as it stands."""
+        intent = self.intent
+        node = self.node
+        return UsageRecord(
+            id=intent.id,
+            client_request_id=intent.client_request_id,
+            org_id=intent.org_id,
+            environment_id=intent.environment_id,
+            key_id=intent.key_id,
+            home_region=intent.home_region,
+            model=intent.model,
+            endpoint_kind=intent.endpoint_kind,
+            is_streamed=intent.is_streamed,
+            served_region=node.entry.region if node else "",
+            node_id=node.id if node else None,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            cached_tokens=self.cached_tokens,
+            token_source=self.source,
+            latency_ms=int((now - self.started_at) * 1000),
+            ttft_ms=None if self.ttft_s is None else int(self.ttft_s * 1000),
+            status=self.status,
+            outcome=self.outcome,
+            list_price_microdollars=list_price_microdollars(
+                self.prompt_tokens,
+                self.completion_tokens,
+                intent.input_price_e10,
+                intent.output_price_e10,
+                intent.multiplier_bp,
+            ),
+        )
