@@ -201,7 +201,8 @@ def _ready(running: Running, within_s: float = START_S) -> Running:
 
 def api_command(port: int, workers: int) -> list[str]:
     """How the API is started, as `./run` does it."""
-    command = [sys.executable, "-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "api.app:app", "--http", "api.inference.server:HttpProtocol"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "5", "--backlog", "4096"]
     return [*command, "--workers", str(workers)] if workers > 1 else command
 

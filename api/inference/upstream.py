@@ -265,11 +265,9 @@ class Connection(asyncio.Protocol):
         if self._chunks and sink is not None:
             try:
                 self._is_enough = sink(self._take())
-            except NodeFailure as failure:
-                self.fail(failure)
-                return
             except Exception as error:
-                # Our own fault; it surfaces where the exchange is waited for.
+                # Complete or not, this answer is worth nothing; what it was surfaces where the exchange is waited for.
+                self.is_closed = True
                 self.fail(error)
                 return
             if not self._is_paused:
