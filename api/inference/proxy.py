@@ -201,7 +201,7 @@ class Relay:
                     suspect.failed(FailureKind.ERROR, self._loop.time())
                 return
             except NodeFailure as failure:
-                is_late = self._loop.time() >= relayed.deadline_at
+                is_late = failure.kind is FailureKind.TOTAL or self._loop.time() >= relayed.deadline_at
                 if not isinstance(failure, _Unextendable):
                     self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
                     tried.append(node)
@@ -504,8 +504,7 @@ class Relay:
                 "total_tokens": prompt + completion,
             }
             if relayed.call.wants_usage_chunk:
-                usage = {**base, "choices": [], "usage": events.usage}
-                relayed.exchange.write(b"data: " + _encode(usage) + b"\n\n")
+                relayed.exchange.write(b"data: " + _encode({**base, "choices": [], "usage": events.usage}) + b"\n\n")
         self._end(relayed)
 
     def _cut(self, relayed: Relayed) -> None:

@@ -233,6 +233,10 @@ class Exchange:
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol; `/v1` requests go to `app.inference`, everything else through ASGI."""
 
+    # uvicorn drops the parser when the connection is lost, after which nothing is parsed.
+    parser: Any
+    app: Any
+
     def __init__(
         self,
         config: Config,
