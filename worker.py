@@ -36,6 +36,7 @@ from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
 from workflows.node_lifecycle import NodeLifecycle
@@ -239,10 +240,7 @@ async def _main() -> int:
     except ValidationError as error:
         sys.stderr.write(f"The settings cannot be used:\n{error}\n")
         return 2
-    logging.basicConfig(
-        level=configured.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure_logging(configured)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

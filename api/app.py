@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import hmac
 import logging
 import ssl
 from collections.abc import AsyncGenerator, Coroutine
@@ -16,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from api import admin, error_handlers
+from api import admin, error_handlers, scraping
 from api.admin.context import AdminContext
 from api.feeds import Feeds
 from api.inference import metering, openapi
@@ -27,7 +26,9 @@ from api.inference.observing import Observer
 from api.inference.proxy import Deadlines, Relay
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
+from api.inference.tracing import Tracer
 from api.usage import summarize
+from crosslogic import telemetry
 from crosslogic.clients import temporal
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected
@@ -85,9 +86,11 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     redis = redis_connection.connect(settings)
     pipeline = PipelinedRedis(settings.redis_url.get_secret_value())
     observer = Observer()
+    sender = telemetry.SpanSender(settings.otlp_endpoint, "crosslogic-api") if settings.otlp_endpoint else None
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
     table = RouteTable(partial(node_credential, secret), _tls())
-    limits = Limits(LimitBook(pipeline, settings.redis_prefix))
+    book = LimitBook(pipeline, settings.redis_prefix)
+    limits = Limits(book)
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,
         first_byte_s=settings.first_byte_timeout_s,
@@ -119,7 +122,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
-    app.state.observe = lambda: _observe(observer, table, relay, usage_log)
+    app.state.tracer = Tracer(sender.send if sender else None, settings.trace_sample_share, settings.trace_asked_per_s)
+    app.state.observe = partial(_observe, observer, table, relay, usage_log, book)
+    door = await scraping.listen(settings, app.state.observe)
     app.state.is_ready = lambda: feeds.is_ready
     app.inference = inference
     background: list[Coroutine[Any, Any, None]] = [
@@ -132,6 +137,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         limits.keep_renewing(),
         relay.keep_progress(),
         table.keep_probing(),
+        observer.keep_measuring(),
     ]
     tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]
     for task in tasks:
@@ -153,6 +159,10 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         with contextlib.suppress(OSError):
             usage_log.close()
         table.close()
+        if door is not None:
+            door.close()
+        if sender is not None:
+            await sender.close()
         await redis.aclose()
         with contextlib.suppress(TimeoutError):
             await within(1, pool.close())
@@ -171,15 +181,20 @@ def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:
 
     @app.get("/metrics", tags=["operations"], summary="Prometheus metrics; outside dev mode for the admin token only")
     async def metrics(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
-        token = settings.admin_token.get_secret_value() if settings.admin_token else ""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not settings.is_dev and not hmac.compare_digest(given.encode(), token.encode()):
+        if not scraping.may_scrape(settings, request.headers.get("authorization", "")):
             raise Rejected("Send the admin token: Authorization: Bearer …", status=401, code="invalid_token")
-        return Response(request.app.state.observe(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(request.app.state.observe(), media_type=scraping.CONTENT_TYPE)
 
 
-def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: UsageLog) -> bytes:
-    observer.routable_nodes.set(sum(node.entry.is_routable for node in table.nodes))
+def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: UsageLog, book: LimitBook) -> bytes:
+    # A pool that has lost its nodes is shown with none, not left out.
+    routable: dict[tuple[str, ...], int] = dict.fromkeys(observer.routable_nodes.values, 0)
+    for node in table.nodes:
+        place = (node.entry.model, node.entry.region)
+        routable[place] = routable.get(place, 0) + node.entry.is_routable
+    for place, count in routable.items():
+        observer.routable_nodes.set(count, *place)
+    observer.limits_alone.set(book.is_alone)
     observer.route_table_age.set(asyncio.get_running_loop().time() - table.refreshed_at)
     observer.streams.set(relay.streams)
     observer.usage_pending.set(usage_log.kept_bytes)
@@ -206,7 +221,7 @@ def __getattr__(name: str) -> CrossLogicAPI:
     # Made on demand, so that importing this module needs no settings.
     if name == "app":
         settings = read_settings()
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        telemetry.configure_logging(settings)
         globals()["app"] = app = create_app(settings)
         return app
     raise AttributeError(name)

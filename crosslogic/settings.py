@@ -111,6 +111,27 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe line that is logged."
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="`json` writes one object a line, as Loki and its like want it."
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="Address of `metrics_port`.")
+    metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Each API process also answers `/metrics` on a port of its own, the first that is free from here "
+        "on; 0: only where it answers everything.",
+    )
+    otlp_endpoint: str = Field(
+        default="", description="Base URL of an OpenTelemetry collector (OTLP over HTTP); empty: no tracing."
+    )
+    trace_sample_share: float = Field(default=0.01, ge=0, le=1, description="Share of requests that are traced.")
+    trace_asked_per_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=10_000,
+        description="So many requests a second are traced beyond it because their clients' `traceparent` asks for it.",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Settings:

@@ -1,4 +1,4 @@
-"""Writes docs/reference/settings.md from the settings themselves: `./test reference`."""
+"""Writes the pages of docs/reference that the code knows best, settings and metrics: `./test reference`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import annotated_types
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
+from api.inference.observing import Observer
 from crosslogic.settings import Settings
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "settings.md"
+_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"
+PAGE = _FOLDER / "settings.md"
+METRICS_PAGE = _FOLDER / "metrics.md"
 
 _HEAD = """\
 # Settings
@@ -25,6 +28,28 @@ Outside dev mode a process does not start without `CROSSLOGIC_ADMIN_TOKEN` and `
 | variable | type | default | what it is |
 |---|---|---|---|
 """
+
+
+_METRICS_HEAD = """\
+# Metrics
+
+What `GET /metrics` of an API process shows; how to scrape it is in [observability](../observability.md). This page is
+generated: `./test reference` writes it from `api/inference/observing.py`. A level that nobody knows yet is not shown.
+Beside these are `process_…`: CPU, memory, open files and start of the process.
+
+| metric | type | labels | what it is |
+|---|---|---|---|
+"""
+
+
+def metrics_page() -> str:
+    """The whole page of metrics."""
+    rows = (
+        f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{label}`' for label in metric.labels) or '–'} "
+        f"| {metric.meaning} |\n"
+        for metric in Observer().metrics
+    )
+    return _METRICS_HEAD + "".join(rows)
 
 
 def settings_page() -> str:
@@ -71,3 +96,4 @@ def _default(value: Any) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(settings_page())
+    METRICS_PAGE.write_text(metrics_page())

@@ -78,12 +78,17 @@ def modules_below(package: str) -> list[str]:
     ]
 
 
-def loaded_by(modules: list[str]) -> set[str]:
-    """The top-level packages that a fresh interpreter has loaded after importing these modules."""
+def modules_loaded_by(modules: list[str]) -> set[str]:
+    """What a fresh interpreter has loaded after importing these modules."""
     program = f"import sys, json, {', '.join(modules)}\nprint(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+    return set(json.loads(done.stdout))
+
+
+def loaded_by(modules: list[str]) -> set[str]:
+    """The top-level packages among them."""
+    return {name.partition(".")[0] for name in modules_loaded_by(modules)}
 
 
 class TestDomain:
@@ -133,8 +138,14 @@ class TestWhatAnImportLoads:
     def test_the_hot_path_loads_nothing_that_a_request_does_not_need(self) -> None:
         loaded = loaded_by(modules_below("api.inference"))
         assert not loaded & {"temporalio", "stripe", "sqlalchemy", "sky", "asyncpg", "httpx", "fastapi"}
+        assert "opentelemetry" not in loaded
         assert not loaded & {"workflows", "activities"}
 
     def test_workflows_load_no_clients_of_the_world(self) -> None:
         loaded = loaded_by(modules_below("workflows"))
         assert not loaded & {"asyncpg", "httpx", "stripe", "redis", "fastapi", "uvicorn", "sky"}
+
+    def test_what_sends_traces_is_loaded_only_when_tracing_is_on(self) -> None:
+        # FastAPI and redis load parts of OpenTelemetry by themselves where it is installed, but nothing that traces.
+        loaded = modules_loaded_by(["api.app", "worker", "crosslogic.telemetry"])
+        assert not {name for name in loaded if name.startswith(("opentelemetry.sdk.trace", "opentelemetry.exporter"))}

@@ -17,7 +17,7 @@ import typer.main
 from crosslogic.cli.commands import app
 from crosslogic.contracts.inputs import WORKFLOW_INPUTS, Refused, read_input
 from crosslogic.dev import tasks
-from crosslogic.dev.reference import PAGE, settings_page
+from crosslogic.dev.reference import METRICS_PAGE, PAGE, metrics_page, settings_page
 from crosslogic.domain.node import FINAL_STATES, TRANSITIONS, NodeState
 from crosslogic.settings import Settings
 
@@ -173,6 +173,9 @@ class TestContents:
 class TestReference:
     def test_settings_are_current(self) -> None:
         assert PAGE.read_text() == settings_page(), "run ./test reference"
+
+    def test_metrics_are_current(self) -> None:
+        assert METRICS_PAGE.read_text() == metrics_page(), "run ./test reference"
 
     def test_node_states_are_the_code_s(self) -> None:
         text = (ROOT / "docs" / "reference" / "node-states.md").read_text()

@@ -285,7 +285,7 @@ class TestOtherEndpoints:
         await api.chat()
         await api.http.post("/v1/chat/completions", json=chat_body(model="nope"))
         page = (await api.http.get("/metrics")).text
-        assert 'crosslogic_requests_total{model="llama-3-8b",outcome="completed",region="in-mumbai"} 1.0' in page
+        assert 'crosslogic_requests_total{model="llama-3-8b",region="in-mumbai",outcome="completed"} 1.0' in page
         assert 'crosslogic_refused_total{code="model_not_found"} 1.0' in page
 
 
