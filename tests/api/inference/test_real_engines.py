@@ -25,6 +25,28 @@ SECRET = "dev-node-secret-not-for-production"
 STORY = "Write a long story about a lighthouse keeper and the sea."
 
 
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": STORY}]}
+COMPLETION: dict[str, Any] = {
+    "path": "/v1/completions",
+    "prompt": "The sea was calm. The keeper of the lighthouse",
+}
+JSON: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Give the name and the age of a person."}],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "person",
+            "schema": {
+                "type": "object",
+                "properties": {"name": {"type": "string", "maxLength": 60}, "age": {"type": "integer"}},
+                "required": ["name", "age"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
+
+
 class RealEngine:
     """llama.cpp in a process of its own, registered as a node."""
 
@@ -124,29 +146,10 @@ async def _rest_of(engine: RealEngine, told: str, left: int, asked: dict[str, An
 
 
 class TestKilledInTheMiddle:
-    @pytest.mark.parametrize("kill_after", [1, 3, 24])
     @pytest.mark.parametrize(
-        "asked",
-        [
-            {"messages": [{"role": "user", "content": STORY}]},
-            {"path": "/v1/completions", "prompt": "The sea was calm. The keeper of the lighthouse"},
-            {
-                "messages": [{"role": "user", "content": "Give the name and the age of a person."}],
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {
-                        "name": "person",
-                        "schema": {
-                            "type": "object",
-                            "properties": {"name": {"type": "string", "maxLength": 60}, "age": {"type": "integer"}},
-                            "required": ["name", "age"],
-                            "additionalProperties": False,
-                        },
-                    },
-                },
-            },
-        ],
-        ids=["chat", "completion", "json"],
+        ("asked", "kill_after"),
+        [(CHAT, 1), (CHAT, 24), (COMPLETION, 3), (JSON, 4)],
+        ids=["chat", "late", "completion", "json"],
     )
     async def test_the_answer_goes_on_as_if_one_engine_had_given_it(
         self, make_api: MakeApi, start: Callable[[], RealEngine], asked: dict[str, Any], kill_after: int
@@ -158,9 +161,7 @@ class TestKilledInTheMiddle:
         await asyncio.sleep(0.5)
         fields = {**asked, "temperature": 0, "seed": 7, "max_tokens": 48, "cache_prompt": False}
         whole, whole_usage = await _stream(api, 0, lambda _: None, **fields)
-        pieces = int(whole_usage["completion_tokens"])
-        assert pieces > kill_after or "response_format" in asked
-        kill_after = min(kill_after, max(1, pieces - 2))
+        assert len(whole) > kill_after + 2
         broken, usage = await _stream(api, kill_after, lambda node_id: engines[node_id].kill(), **fields)
         assert sum(engine.process.poll() is not None for engine in engines.values()) == 1
         (survivor,) = [engine for engine in engines.values() if engine.process.poll() is None]
