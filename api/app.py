@@ -33,6 +33,7 @@ from crosslogic.clients import temporal
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
+from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.pipeline import PipelinedRedis
@@ -94,7 +95,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     pipeline = PipelinedRedis(settings.redis_url.get_secret_value())
     observer = Observer()
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
-    table = RouteTable(partial(node_credential, secret), _tls())
+    rules = Rules(settings.full_load_s, settings.slow_start_s, settings.ejected_share)
+    table = RouteTable(partial(node_credential, secret), _tls(), rules)
     limits = Limits(LimitBook(pipeline, settings.redis_prefix))
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,

@@ -327,7 +327,8 @@ class Relay:
         # A request that every node answers with 5xx may itself be at fault: it is theirs once another node has managed.
         suspects: list[Node] = []
         while True:
-            node = self._table.choose(relayed.model.name, relayed.plan.candidates, tried)
+            choice = self._table.choose_in(relayed.model.name, relayed.plan.candidates, tried, relayed.call.body)
+            node = None if choice is None else choice.node
             if node is None:
                 if tried:
                     raise Unavailable(
@@ -338,7 +339,7 @@ class Relay:
                 node = await self._hold_for_node(relayed)
             relayed.node = node
             relayed.tries += 1
-            node.tokens_in_flight += relayed.hold.tokens
+            node.take(relayed.hold.tokens)
             try:
                 if relayed.call.is_streamed:
                     await self._stream(relayed, node, body, send)
@@ -372,7 +373,7 @@ class Relay:
                         retry_after_s=2,
                     ) from failure
             finally:
-                node.tokens_in_flight -= relayed.hold.tokens
+                node.give_back(relayed.hold.tokens)
 
     async def _hold_for_node(self, relayed: Relayed) -> Node:
         """Wait for a node that is on its way. Raises Unavailable when none is, or at the end of the patience."""
@@ -394,9 +395,9 @@ class Relay:
                     change.cancel()
                 if gone.done():
                     raise ClientGone
-                node = self._table.choose(model, regions, ())
-                if node is not None:
-                    return node
+                choice = self._table.choose_in(model, regions)
+                if choice is not None:
+                    return choice.node
             raise Unavailable(
                 f"No node serves {model} in {', '.join(regions)} at the moment; try again when Retry-After has passed.",
                 code="model_unavailable",
@@ -500,7 +501,7 @@ class Relay:
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is not JSON") from error
         if not isinstance(document, dict):
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is no object")
-        node.succeeded()
+        node.succeeded(self._loop.time())
         document = cast("dict[str, Any]", document)
         usage = document.get("usage")
         relayed.ttft_s = self._loop.time() - relayed.started_at
@@ -549,6 +550,7 @@ class Relay:
                         relayed.has_begun = True
                         relayed.status = 200
                         relayed.ttft_s = self._loop.time() - relayed.started_at
+                        node.first_token(relayed.ttft_s, self._loop.time())
                         self._streams.add(relayed)
                         headers = relayed.headers(b"text/event-stream; charset=utf-8")
                         headers.append((b"cache-control", b"no-cache"))
@@ -562,7 +564,7 @@ class Relay:
                 data = await connection.read(deadline_at, FailureKind.STALLED)
             if not events.is_done or not relayed.has_begun:
                 raise NodeFailure(FailureKind.RESET, "the stream ended before it was done")
-            node.succeeded()
+            node.succeeded(self._loop.time())
         finally:
             relayed.lifeline.on_gone = None
             node.upstream.release(connection)
