@@ -33,6 +33,7 @@ from crosslogic.clients import temporal
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
+from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.pipeline import PipelinedRedis
@@ -88,7 +89,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     observer = Observer()
     sender = telemetry.SpanSender(settings.otlp_endpoint, "crosslogic-api") if settings.otlp_endpoint else None
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
-    table = RouteTable(partial(node_credential, secret), _tls())
+    rules = Rules(settings.full_load_s, settings.slow_start_s, settings.ejected_share)
+    table = RouteTable(partial(node_credential, secret), _tls(), rules)
     book = LimitBook(pipeline, settings.redis_prefix)
     limits = Limits(book)
     deadlines = Deadlines(

@@ -14,6 +14,7 @@ from typing import Any
 from api.inference.auth import KeyRing, within
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
+from crosslogic.domain.catalog import Catalog
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
@@ -45,9 +46,10 @@ class Feeds:
         self._changes = changes
         self._board = board
         self._table = table
+        self._inference = inference
         self._seen: dict[str, int] = {}
         self._readers: dict[str, Callable[[], Awaitable[None]]] = {
-            "catalog": self._reader(catalog.load, lambda loaded: setattr(inference, "catalog", loaded)),
+            "catalog": self._reader(catalog.load, self._take_catalog),
             "tenancy": keys.refresh,
             "nodes": self._reader(nodes.route_entries, table.replace),
         }
@@ -59,6 +61,10 @@ class Feeds:
             take(await read())
 
         return run
+
+    def _take_catalog(self, catalog: Catalog) -> None:
+        self._inference.catalog = catalog
+        self._table.set_strategies({name: deployment.strategy for name, deployment in catalog.deployments.items()})
 
     async def poll_once(self) -> None:
         """Read what has moved since the last poll. Raises what the stores raise."""

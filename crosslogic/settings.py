@@ -101,6 +101,15 @@ class Settings(BaseSettings):
     hold_timeout_s: float = Field(
         default=20.0, ge=0, le=600, description="How long a request waits for a node that is on its way."
     )
+    full_load_s: float = Field(
+        default=30.0, gt=0, le=3600, description="A node is full with so much work in flight, at its measured capacity."
+    )
+    slow_start_s: float = Field(
+        default=30.0, ge=0, le=3600, description="How long a new node's share of the requests grows to a whole one."
+    )
+    ejected_share: float = Field(
+        default=0.5, ge=0, le=1, description="At most this share of a pool's nodes (but one) is ejected at once."
+    )
     max_body_bytes: int = Field(
         default=10_000_000, ge=1_000, le=1_000_000_000, description="Larger bodies are refused with 413."
     )

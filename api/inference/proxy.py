@@ -191,7 +191,7 @@ class Relay:
                 raise
             relayed.node = node
             relayed.tries += 1
-            node.tokens_in_flight += relayed.hold.tokens
+            node.take(relayed.hold.tokens)
             try:
                 if relayed.call.is_streamed:
                     await self._stream(relayed, node, body, way)
@@ -232,12 +232,12 @@ class Relay:
                         retry_after_s=2,
                     ) from failure
             finally:
-                node.tokens_in_flight -= relayed.hold.tokens
+                node.give_back(relayed.hold.tokens)
 
     async def _choose(self, relayed: Relayed, tried: list[Node]) -> Node:
-        node = self._table.choose(relayed.model.name, relayed.plan.candidates, tried)
-        if node is not None:
-            return node
+        choice = self._table.choose_in(relayed.model.name, relayed.plan.candidates, tried, relayed.call.body)
+        if choice is not None:
+            return choice.node
         if tried and not relayed.has_begun:
             raise Unavailable(
                 f"No node could answer for {relayed.model.name}; try again shortly.",
@@ -287,9 +287,9 @@ class Relay:
                     change.cancel()
                 if gone.done():
                     raise ClientGone
-                node = self._table.choose(model, regions, tried)
-                if node is not None:
-                    return node
+                choice = self._table.choose_in(model, regions, tried, relayed.call.body)
+                if choice is not None:
+                    return choice.node
             raise Unavailable(
                 f"No node serves {model} in {', '.join(regions)} at the moment; try again when Retry-After has passed.",
                 code="model_unavailable",
@@ -373,7 +373,7 @@ class Relay:
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is not JSON") from error
         if not isinstance(document, dict):
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is no object")
-        node.succeeded()
+        node.succeeded(self._loop.time())
         document = cast("dict[str, Any]", document)
         usage = document.get("usage")
         relayed.ttft_s = self._loop.time() - relayed.started_at
@@ -449,7 +449,7 @@ class Relay:
             raise ClientGone
         if not events.is_done or not relayed.has_begun:
             raise NodeFailure(FailureKind.RESET, "the stream ended before it was done")
-        node.succeeded()
+        node.succeeded(self._loop.time())
         with contextlib.suppress(NodeFailure):
             await connection.read(self._loop.time() + LAST_WORDS_S, FailureKind.STALLED)
         self._end(relayed)
@@ -494,9 +494,9 @@ class Relay:
             last = {**base, "choices": [{"index": 0, **piece, "finish_reason": "length"}]}
             relayed.exchange.write(b"data: " + _encode(last) + b"\n\n")
         if events.usage is None:
-            other = self._table.choose(relayed.model.name, relayed.plan.candidates, [node])
+            other = self._table.choose_in(relayed.model.name, relayed.plan.candidates, [node])
             text = "".join(told.text(channel) for channel in told.texts)
-            counts = None if other is None else await count_tokens(other.upstream, relayed.call, text)
+            counts = None if other is None else await count_tokens(other.node.upstream, relayed.call, text)
             prompt, completion = counts or (relayed.intent.estimated_prompt_tokens, told.tokens)
             events.usage = {
                 "prompt_tokens": prompt,

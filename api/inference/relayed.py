@@ -46,6 +46,7 @@ class Relayed:
         "plan",
         "prompt_tokens",
         "reported_tokens",
+        "sent_at",
         "shown_id",
         "source",
         "started_at",
@@ -79,6 +80,7 @@ class Relayed:
         self._loop = loop
         self.started_at = now
         self.deadline_at = now
+        self.sent_at = now
         self._idle_s = 0.0
         self.node: Node | None = None
         self.connection: Connection | None = None
@@ -132,6 +134,7 @@ class Relayed:
     def attach(self, connection: Connection) -> None:
         """The connection that the answer comes on; a client that reads slowly makes its engine wait."""
         self.connection = connection
+        self.sent_at = self._loop.time()
         self.exchange.on_pause = connection.pause
         self.exchange.on_resume = connection.resume
         if self.exchange.is_paused:
@@ -161,8 +164,11 @@ class Relayed:
                     self.on_begin(self)
             self.exchange.write(whole)
         if events.has_token and not had_token:
+            now = self._loop.time()
             if self.ttft_s is None:
-                self.ttft_s = self._loop.time() - self.started_at
+                self.ttft_s = now - self.started_at
+            if self.node is not None:
+                self.node.first_token(now - self.sent_at, now)
             if self.connection is not None:
                 self.connection.postpone(self._idle_s, self.deadline_at, FailureKind.TOTAL)
         return events.is_done

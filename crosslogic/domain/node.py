@@ -89,6 +89,7 @@ class RouteEntry:
     deployment: str = ""
     capacity_tokens_per_s: int = 0
     is_tombstoned: bool = False
+    price_microdollars_per_h: int = 0
 
     @property
     def is_routable(self) -> bool:
@@ -138,6 +139,7 @@ class Node:
     ready_at: datetime | None
     tombstoned_at: datetime | None
     ended_at: datetime | None
+    price_microdollars_per_h: int = 0
 
     @property
     def node_id(self) -> str:
@@ -162,6 +164,7 @@ class Node:
             deployment=self.deployment or "",
             capacity_tokens_per_s=self.capacity_tokens_per_s,
             is_tombstoned=self.is_tombstoned,
+            price_microdollars_per_h=self.price_microdollars_per_h,
         )
 
 

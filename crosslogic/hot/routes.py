@@ -106,6 +106,7 @@ def decode(text: str) -> RouteEntry:
             deployment=str(fields.get("deployment", "")),
             capacity_tokens_per_s=int(fields.get("capacity_tokens_per_s", 0)),
             is_tombstoned=bool(fields.get("is_tombstoned", False)),
+            price_microdollars_per_h=int(fields.get("price_microdollars_per_h", 0)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a route entry: {text[:200]!r}") from error
