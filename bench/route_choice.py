@@ -7,10 +7,9 @@ import random
 import timeit
 
 from api.inference.router import RouteTable
+from crosslogic.domain import ids
 from crosslogic.domain.affinity import prefix_blocks
 from crosslogic.domain.node import NodeState, RouteEntry
-from crosslogic.new_ids import new_id
-from crosslogic.domain import ids
 from crosslogic.domain.scheduling import (
     COST_WEIGHTED,
     LATENCY_WEIGHTED,
@@ -19,6 +18,7 @@ from crosslogic.domain.scheduling import (
     ROUND_ROBIN,
     Choice,
 )
+from crosslogic.new_ids import new_id
 
 SIZES = (1, 16, 1000)
 STRATEGIES = (ROUND_ROBIN, LEAST_LOAD, LATENCY_WEIGHTED, COST_WEIGHTED, PREFIX_AFFINITY)

@@ -19,7 +19,18 @@ from crosslogic.domain.regions import Region
 router = APIRouter(route_class=AdminRoute)
 
 Strategy = Literal["round-robin", "least-load", "latency-weighted", "cost-weighted", "prefix-affinity"]
+ModelPath = Annotated[str, Path(max_length=128, description="A model's name or alias.", examples=["llama-3-8b"])]
+Timeout = Annotated[int | None, Field(ge=1, le=86_400_000, examples=[5000])]
 DeploymentPath = Annotated[str, Path(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$", examples=["llama-7b"])]
+
+
+class DeadlinesOut(BaseModel):
+    """A model's own deadlines. Null: the API's setting."""
+
+    connect_timeout_ms: int | None
+    first_token_timeout_ms: int | None
+    idle_timeout_ms: int | None
+    total_timeout_ms: int | None
 
 
 class ModelOut(BaseModel):
@@ -35,6 +46,17 @@ class ModelOut(BaseModel):
     output_price_e10: int | None = Field(description="Null: the model has no output tokens.")
     default_max_tokens: int
     metadata: dict[str, Any] = Field(description="As clients see it at /v1/models.")
+    deadlines: DeadlinesOut
+
+
+class ModelChange(Body):
+    """What to change; what is left out stays. Null takes a deadline away: the API's setting holds then."""
+
+    metadata: dict[str, Any] | None = Field(default=None, description="All of it, as clients see it at /v1/models.")
+    connect_timeout_ms: Timeout = Field(default=None, description="To open a connection to a node.")
+    first_token_timeout_ms: Timeout = Field(default=None, description="From the request to the engine's first byte.")
+    idle_timeout_ms: Timeout = Field(default=None, description="Longest silence between two chunks of a stream.")
+    total_timeout_ms: Timeout = Field(default=None, description="Longest life of one request.")
 
 
 class RegionOut(BaseModel):
@@ -99,6 +121,17 @@ async def list_models(admin: Admin) -> Page[ModelOut]:
     """All models."""
     catalog = await admin.catalog.load()
     return Page(data=[_show_model(model) for model in catalog.models.values()], has_more=False)
+
+
+@router.patch("/models/{name}")
+async def update_model(name: ModelPath, body: ModelChange, admin: Admin) -> ModelOut:
+    """Change what clients see of a model, or its deadlines; acts everywhere within 1 s."""
+    changes: dict[str, Any] = body.model_dump(exclude_unset=True)
+    if changes.get("metadata", {}) is None:
+        raise Rejected("metadata cannot be null; leave it out to keep it.", code="invalid_request", param="metadata")
+    model = resolve_model(await admin.catalog.load(), name)
+    await admin.catalog.update_model(model.name, changes, actor=ACTOR)
+    return _show_model((await admin.catalog.load()).models[model.name])
 
 
 @router.get("/regions")

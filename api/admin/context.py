@@ -18,6 +18,7 @@ from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.requests import RequestStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -41,6 +42,7 @@ class AdminContext:
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
     usage: UsageStore = field(init=False)
+    requests: RequestStore = field(init=False)
     workflows: Workflows = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +52,7 @@ class AdminContext:
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
             ("usage", UsageStore(self.pool)),
+            ("requests", RequestStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),
         ):
             object.__setattr__(self, name, made)

@@ -47,6 +47,7 @@ class NodeOut(BaseModel):
     is_pinned: bool = Field(description="Started or joined by hand: counted, never scaled away.")
     endpoint: str | None
     capacity_tokens_per_s: int = Field(description="Measured when it was admitted; 0: unknown.")
+    price_microdollars_per_h: int = Field(description="What it costs while it runs; 0: unknown.")
     generation: int
     workflow_id: str = Field(description="The workflow that is responsible for it now.")
     created_at: datetime
@@ -91,6 +92,14 @@ class JoinedOut(StartedOut):
     credential: str = Field(description="The bearer token (API key) that its engine must accept.", examples=["nc_…"])
 
 
+class NodeChange(Body):
+    """What an operator may say of a node."""
+
+    price_microdollars_per_h: int = Field(
+        ge=0, le=10**12, description="What it costs while it runs.", examples=[350_000]
+    )
+
+
 class DrainIn(Body):
     """Why a node is drained."""
 
@@ -124,6 +133,12 @@ async def list_nodes(
 async def get_node(node_id: NodePath, admin: Admin) -> NodeOut:
     """One node."""
     return _show_node(await admin.nodes.get(ids.NODE.parse(node_id)))
+
+
+@router.patch("/nodes/{node_id}")
+async def update_node(node_id: NodePath, body: NodeChange, admin: Admin) -> NodeOut:
+    """Say what a node costs: deployments of strategy `cost-weighted` fill cheaper nodes first."""
+    return _show_node(await admin.nodes.set_price(ids.NODE.parse(node_id), body.price_microdollars_per_h, actor=ACTOR))
 
 
 @router.post("/nodes", status_code=202)
@@ -259,6 +274,7 @@ def _show_node(node: Node) -> NodeOut:
         is_pinned=node.is_pinned,
         endpoint=node.endpoint,
         capacity_tokens_per_s=node.capacity_tokens_per_s,
+        price_microdollars_per_h=node.price_microdollars_per_h,
         generation=node.generation,
         workflow_id=node.workflow_id,
         created_at=node.created_at,

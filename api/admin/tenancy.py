@@ -45,6 +45,7 @@ class OrgOut(BaseModel):
     state: State
     plan: Plan
     region_preferences: list[str] = Field(description="Best first; used where an environment has no home region.")
+    is_operator: bool = Field(description="One of our own: its keys are shown why a node was chosen.")
     created_at: datetime
 
 
@@ -62,6 +63,7 @@ class OrgChange(Body):
     state: State | None = Field(default=None, description="`suspended` refuses all its keys within 1 s.")
     plan: Plan | None = None
     region_preferences: list[RegionName] | None = Field(default=None, max_length=16)
+    is_operator: bool | None = Field(default=None, description="Show its keys why a node was chosen; within 1 s.")
 
 
 @router.post("/orgs", status_code=201, responses={200: {"description": "It was there already, just like this."}})
@@ -92,7 +94,7 @@ async def get_org(org: OrgPath, admin: Admin) -> OrgOut:
 
 @router.patch("/orgs/{org}")
 async def update_org(org: OrgPath, body: OrgChange, admin: Admin) -> OrgOut:
-    """Suspend or resume an org, change its plan or its region preferences."""
+    """Suspend or resume an org, change its plan or its region preferences, or make it an operator's."""
     changes: dict[str, Any] = body.model_dump(exclude_unset=True)
     _refuse_nulls(changes, changes)
     if body.region_preferences is not None:

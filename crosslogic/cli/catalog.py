@@ -10,9 +10,11 @@ import typer
 from crosslogic.cli.session import Session, command
 
 deployments = typer.Typer(no_args_is_help=True)
+deadlines = typer.Typer(no_args_is_help=True)
 
 MODEL_COLUMNS = ("name", "aliases", "kind", "context_tokens", "input", "output")
 REGION_COLUMNS = ("name", "title", "multiplier", "aliases", "fallback")
+DEADLINES = ("connect_timeout_ms", "first_token_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 DEPLOYMENT_COLUMNS = ("name", "model", "strategy", "replicas")
 
 _TARGET = re.compile(r"([^=]+)=(\d{1,4})(?:\.\.(\d{1,4}))?")
@@ -40,6 +42,42 @@ def list_regions(session: Session) -> None:
     if not session.is_json:
         rows = [{**row, "multiplier": f"{row['multiplier_bp'] / 10_000:g}×"} for row in rows]
     session.show_table(rows, REGION_COLUMNS, "There are no regions. Run: setup")
+
+
+DeadlineOption = Annotated[str | None, typer.Option(metavar="MS|default")]
+
+
+@command(deadlines, "list")
+def list_deadlines(session: Session) -> None:
+    """List every model's own deadlines; the API's settings hold where there is none."""
+    rows = [{"name": row["name"], **row["deadlines"]} for row in session.get("/models")["data"]]
+    session.show_table(rows, ("name", *DEADLINES), "There are no models. Run: setup")
+
+
+@command(deadlines, "set")
+def set_deadlines(
+    session: Session,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name or alias.")],
+    connect_timeout_ms: DeadlineOption = None,
+    first_token_timeout_ms: DeadlineOption = None,
+    idle_timeout_ms: DeadlineOption = None,
+    total_timeout_ms: DeadlineOption = None,
+) -> None:
+    """Set some of a model's deadlines and keep the others; acts everywhere within 1 s."""
+    given = zip(DEADLINES, (connect_timeout_ms, first_token_timeout_ms, idle_timeout_ms, total_timeout_ms), strict=True)
+    changes = {name: _deadline(name, value) for name, value in given if value is not None}
+    if not changes:
+        raise typer.BadParameter("give at least one deadline, such as --first-token-timeout-ms 5000")
+    made = session.send("PATCH", f"/models/{model}", changes)
+    session.show(made if session.is_json else {"name": made["name"], **made["deadlines"]})
+
+
+def _deadline(name: str, value: str) -> int | None:
+    if value == "default":
+        return None
+    if not value.isdecimal() or int(value) < 1:
+        raise typer.BadParameter("write milliseconds, or default", param_hint=f"--{name.replace('_', '-')}")
+    return int(value)
 
 
 @command(deployments, "list")

@@ -72,6 +72,17 @@ def join_node(
     )
 
 
+@command(app, "price")
+def price_node(
+    session: Session,
+    node_id: NodeId,
+    microdollars_per_h: Annotated[int, typer.Argument(metavar="MICRODOLLARS_PER_H", min=0, help="0: unknown.")],
+) -> None:
+    """Say what a node costs by the hour: `cost-weighted` deployments fill cheaper ones first."""
+    node = session.send("PATCH", f"/nodes/{node_id}", {"price_microdollars_per_h": microdollars_per_h})
+    session.say(node, f"Node {node_id} costs ${microdollars_per_h / 1_000_000:g} an hour.")
+
+
 @command(app, "drain")
 def drain_node(
     session: Session,

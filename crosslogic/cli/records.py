@@ -1,4 +1,4 @@
-"""What was used and what was done: usage and the audit log."""
+"""What was used and what was done: usage, single requests and the audit log."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from crosslogic.cli.session import Session, command, fail
 from crosslogic.cli.tenancy import Most, OptionalOrg
 
 audit = typer.Typer(no_args_is_help=True)
+requests = typer.Typer(no_args_is_help=True)
 
 SUMS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 DIMENSIONS = ("day", "org", "environment", "model")
@@ -37,6 +38,15 @@ def show_usage(
     else:
         columns = (*(name for name in DIMENSIONS if name in asked), *SUMS)
         session.show_table(usage["data"], columns, f"Nothing was used from {usage['start']} to {usage['end']}.")
+
+
+@command(requests, "show")
+def show_request(
+    session: Session,
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="The answer's x-request-id.")],
+) -> None:
+    """Show what one request used, and why it went where it went."""
+    session.show(session.get(f"/requests/{request_id}"))
 
 
 @command(audit, "list")

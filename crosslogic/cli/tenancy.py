@@ -60,6 +60,18 @@ def resume_org(session: Session, org: OrgName) -> None:
     session.say(made, f"Org {made['name']} is active.")
 
 
+@command(orgs, "set")
+def set_org(
+    session: Session,
+    org: OrgName,
+    operator: Annotated[
+        bool, typer.Option("--operator/--no-operator", help="Are its keys shown why a node was chosen?")
+    ],
+) -> None:
+    """Make an org an operator's, or a customer's again."""
+    session.show(session.send("PATCH", f"/orgs/{org}", {"is_operator": operator}))
+
+
 @command(environments, "create")
 def create_environment(
     session: Session,

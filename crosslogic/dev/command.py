@@ -25,10 +25,10 @@ HELP = """\
 
 ./run [--state DIR] COMMAND …
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:
-      orgs environments keys limits        who may do what
-      nodes deployments models regions     what serves
-      usage audit                          what was used, and who changed what
-      setup                                bring schema, search attributes and seeds up to date
+      orgs environments keys limits                who may do what
+      nodes deployments models regions deadlines   what serves
+      usage requests audit                         what was used, and who changed what
+      setup                                        bring schema, search attributes and seeds up to date
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack
 ./run doctor [--state DIR] [--port N]   say what is wrong on this machine and how to mend it

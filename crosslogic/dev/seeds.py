@@ -36,7 +36,9 @@ async def sow(pool: asyncpg.Pool, settings: Settings) -> list[str]:
 
 async def _sow_tenancy(store: TenancyStore) -> list[str]:
     sown: list[str] = []
-    org, is_new = await store.create_org(new_id(), ORG, region_preferences=(HOME_REGION,), actor=ACTOR)
+    org, is_new = await store.create_org(
+        new_id(), ORG, region_preferences=(HOME_REGION,), is_operator=True, actor=ACTOR
+    )
     if is_new:
         sown.append(f"org {ORG}")
     for name in ENVIRONMENT_NAMES:

@@ -11,6 +11,22 @@ from crosslogic.domain.regions import RegionMap
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDeadlines:
+    """A model's own deadlines, in milliseconds; None: the API's setting.
+
+    To connect to a node, to the first token, between two chunks of a stream, and for the whole request.
+    """
+
+    connect_timeout_ms: int | None = None
+    first_token_timeout_ms: int | None = None
+    idle_timeout_ms: int | None = None
+    total_timeout_ms: int | None = None
+
+
+NO_DEADLINES = ModelDeadlines()
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What clients name. Prices are list prices in 10⁻¹⁰ USD a token; an embedding model has no output price."""
 
@@ -24,6 +40,7 @@ class Model:
     default_max_tokens: int = 1024
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     vram_gb: int = 0
+    deadlines: ModelDeadlines = NO_DEADLINES
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,11 @@
 """Which node answers: the strategies' choice among a pool's eligible nodes, and what a node's past says of its future.
 
-Every function here is pure: `now` is an instant of one clock, in seconds; `turn` is any number that grows by one; `bits`
-are at least 32 random bits. Two nodes are compared instead of all, the one whose turn it is and one that is drawn, so
-that a choice costs the same among a thousand as among three, and many processes that choose at once do not all run to
-the same node (Mitzenmacher, "The power of two choices in randomized load balancing", 2001). Equal ones take turns.
+Every function here is pure: `now` is an instant of one clock, in seconds; `turn` is any number that grows by one;
+`bits` are at least 32 random bits.
+
+Two nodes are compared instead of all, the one whose turn it is and one that is drawn. So a choice costs the same among a
+thousand as among three, many processes that choose at once do not all run to the same node, and equal ones take turns
+(Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
 """
 
 from __future__ import annotations

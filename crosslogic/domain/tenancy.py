@@ -40,7 +40,7 @@ class Principal:
     """Everything that a key's holder is, from one look-up. States are shown as they are; the caller decides.
 
     `region_preferences` are the environment's home region first, then the org's. `allowed_models` is None where all are
-    allowed. `limits` has one row for each of LAYERS, in that order.
+    allowed. `limits` has one row for each of LAYERS, in that order. An operator's keys are shown why a node was chosen.
     """
 
     key_id: UUID
@@ -55,11 +55,12 @@ class Principal:
     allowed_models: frozenset[str] | None
     plan: str
     limits: tuple[LimitRow, ...]
+    is_operator: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Org:
-    """Owns and pays."""
+    """Owns and pays. An operator's is one of our own."""
 
     id: UUID
     name: str
@@ -67,6 +68,7 @@ class Org:
     plan: str
     region_preferences: tuple[str, ...]
     created_at: datetime
+    is_operator: bool = False
 
 
 @dataclass(frozen=True, slots=True)

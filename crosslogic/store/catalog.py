@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from crosslogic.domain.catalog import Catalog, Deployment, Model
+from crosslogic.domain.catalog import Catalog, Deployment, Model, ModelDeadlines
 from crosslogic.domain.deployment import RegionTarget
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
@@ -20,7 +20,8 @@ class CatalogStore:
 
     SELECT_MODELS = """
         SELECT name, family, kind, context_tokens, vram_gb, input_price_e10, output_price_e10, aliases,
-               default_max_tokens, metadata::text AS metadata
+               default_max_tokens, metadata::text AS metadata, connect_timeout_ms, first_token_timeout_ms,
+               idle_timeout_ms, total_timeout_ms
         FROM models ORDER BY name
     """
     SELECT_REGIONS = "SELECT name, title, multiplier_bp, aliases, fallback FROM regions ORDER BY position, name"
@@ -50,6 +51,16 @@ class CatalogStore:
         UPDATE models SET metadata = $2::text::jsonb WHERE name = $1 AND metadata <> $2::text::jsonb
     """
 
+    LOCK_MODEL = """
+        SELECT metadata::text AS metadata, connect_timeout_ms, first_token_timeout_ms, idle_timeout_ms, total_timeout_ms
+        FROM models WHERE name = $1 FOR UPDATE
+    """
+    UPDATE_MODEL = """
+        UPDATE models SET metadata = $2::text::jsonb, connect_timeout_ms = $3, first_token_timeout_ms = $4,
+                          idle_timeout_ms = $5, total_timeout_ms = $6
+        WHERE name = $1
+    """
+
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
@@ -76,6 +87,12 @@ class CatalogStore:
                     default_max_tokens=row["default_max_tokens"],
                     metadata=json.loads(row["metadata"]),
                     vram_gb=row["vram_gb"],
+                    deadlines=ModelDeadlines(
+                        connect_timeout_ms=row["connect_timeout_ms"],
+                        first_token_timeout_ms=row["first_token_timeout_ms"],
+                        idle_timeout_ms=row["idle_timeout_ms"],
+                        total_timeout_ms=row["total_timeout_ms"],
+                    ),
                 )
                 for row in models
             ],
@@ -143,6 +160,41 @@ class CatalogStore:
                     },
                 )
         return after, is_new
+
+    async def update_model(self, model: str, changes: Mapping[str, Any], *, actor: str) -> bool:
+        """Set any of `metadata` and the deadlines (None: the API's setting); False if they are that already.
+
+        Raises Rejected 404.
+        """
+        async with self._pool.acquire() as connection, connection.transaction():
+            row = await connection.fetchrow(self.LOCK_MODEL, model)
+            if row is None:
+                raise Rejected(
+                    f"There is no model {model}. List the models to see which there are.",
+                    status=404,
+                    code="model_not_found",
+                )
+            before = dict(row) | {"metadata": json.loads(row["metadata"])}
+            after = before | dict(changes)
+            if after == before:
+                return False
+            await connection.execute(
+                self.UPDATE_MODEL,
+                model,
+                json.dumps(after["metadata"]),
+                after["connect_timeout_ms"],
+                after["first_token_timeout_ms"],
+                after["idle_timeout_ms"],
+                after["total_timeout_ms"],
+            )
+            await AuditStore.append(
+                connection,
+                actor=actor,
+                action="model.update",
+                subject=model,
+                details={name: {"from": before[name], "to": after[name]} for name in changes},
+            )
+        return True
 
     async def set_metadata(self, model: str, metadata: Mapping[str, Any], *, actor: str) -> bool:
         """Replace what clients see of a model under `metadata`; False if it is that already."""

@@ -12,6 +12,7 @@ from crosslogic.domain.deployment import Replica
 from crosslogic.domain.errors import InvariantViolated, Rejected
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, Node, NodeEvent, NodeState, RouteEntry, advance, sources_of
+from crosslogic.store.audit import AuditStore
 
 
 class NodeStore:
@@ -60,6 +61,11 @@ class NodeStore:
         WHERE n.tombstoned_at IS NULL
     """
 
+    SET_PRICE = """
+        UPDATE nodes SET price_microdollars_per_h = $2, generation = generation + 1, changed_at = now()
+        WHERE id = $1 AND price_microdollars_per_h <> $2
+        RETURNING *
+    """
     # No new generation: nothing that is routed by has changed.
     HAND_OVER = "UPDATE nodes SET workflow_id = $2 WHERE id = $1 AND workflow_id <> $2"
 
@@ -174,6 +180,20 @@ class NodeStore:
         if node.state is not target:
             raise InvariantViolated(f"node {node.node_id} is {node.state} and cannot {event}")
         return node
+
+    async def set_price(self, node_id: UUID, price_microdollars_per_h: int, *, actor: str) -> Node:
+        """What the node costs while it runs, 0 for unknown. Raises Rejected (404) when there is none."""
+        async with self._pool.acquire() as connection, connection.transaction():
+            row = await connection.fetchrow(self.SET_PRICE, node_id, price_microdollars_per_h)
+            if row is not None:
+                await AuditStore.append(
+                    connection,
+                    actor=actor,
+                    action="node.set_price",
+                    subject=NODE.show(node_id),
+                    details={"price_microdollars_per_h": price_microdollars_per_h},
+                )
+        return await self.get(node_id) if row is None else _node(row)
 
     async def hand_over(self, node_id: UUID, workflow_id: str) -> None:
         """Name the workflow that is responsible for the node from now on."""

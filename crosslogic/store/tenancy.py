@@ -33,7 +33,7 @@ class TenancyStore:
     FIND_PRINCIPALS = """
         SELECT k.secret_hash, k.id AS key_id, k.role, k.state AS key_state, k.expires_at,
                e.id AS environment_id, e.state AS environment_state, e.home_region, e.allowed_models,
-               o.id AS org_id, o.state AS org_state, o.plan, o.region_preferences,
+               o.id AS org_id, o.state AS org_state, o.plan, o.region_preferences, o.is_operator,
                (SELECT coalesce(json_object_agg(l.layer, row_to_json(l)), '{}')::text FROM limits l
                 WHERE (l.layer, l.subject_id) IN
                       (('global', $2::uuid), ('org', o.id), ('environment', e.id), ('key', k.id))) AS limits
@@ -42,20 +42,21 @@ class TenancyStore:
     """
 
     INSERT_ORG = """
-        INSERT INTO orgs (id, name, plan, region_preferences) VALUES ($1, $2, $3, $4) ON CONFLICT (name) DO NOTHING
+        INSERT INTO orgs (id, name, plan, region_preferences, is_operator) VALUES ($1, $2, $3, $4, $5)
+        ON CONFLICT (name) DO NOTHING
     """
     GET_ORG = """
-        SELECT id, name, state, plan, region_preferences, created_at FROM orgs WHERE id = $1 OR name = $2
+        SELECT id, name, state, plan, region_preferences, is_operator, created_at FROM orgs WHERE id = $1 OR name = $2
     """
     LIST_ORGS = """
-        SELECT id, name, state, plan, region_preferences, created_at FROM orgs
+        SELECT id, name, state, plan, region_preferences, is_operator, created_at FROM orgs
         WHERE ($1::uuid IS NULL OR id > $1) AND ($2::text IS NULL OR state = $2)
         ORDER BY id LIMIT $3
     """
     LOCK_ORG = """
-        SELECT id, name, state, plan, region_preferences, created_at FROM orgs WHERE id = $1 FOR UPDATE
+        SELECT id, name, state, plan, region_preferences, is_operator, created_at FROM orgs WHERE id = $1 FOR UPDATE
     """
-    UPDATE_ORG = "UPDATE orgs SET state = $2, plan = $3, region_preferences = $4 WHERE id = $1"
+    UPDATE_ORG = "UPDATE orgs SET state = $2, plan = $3, region_preferences = $4, is_operator = $5 WHERE id = $1"
 
     INSERT_ENVIRONMENT = """
         INSERT INTO environments (id, org_id, name, home_region, allowed_models) VALUES ($1, $2, $3, $4, $5)
@@ -150,11 +151,20 @@ class TenancyStore:
     # Orgs
 
     async def create_org(
-        self, org_id: UUID, name: str, *, plan: str = "serverless", region_preferences: Sequence[str] = (), actor: str
+        self,
+        org_id: UUID,
+        name: str,
+        *,
+        plan: str = "serverless",
+        region_preferences: Sequence[str] = (),
+        is_operator: bool = False,
+        actor: str,
     ) -> tuple[Org, bool]:
         """The org of that name, and whether this call made it. An existing one is returned as it is."""
         async with self._pool.acquire() as connection, connection.transaction():
-            status = await connection.execute(self.INSERT_ORG, org_id, name, plan, list(region_preferences))
+            status = await connection.execute(
+                self.INSERT_ORG, org_id, name, plan, list(region_preferences), is_operator
+            )
             is_new = status == "INSERT 0 1"
             row = await connection.fetchrow(self.GET_ORG, None, name)
             assert row is not None
@@ -164,7 +174,12 @@ class TenancyStore:
                     actor=actor,
                     action="org.create",
                     subject=ids.ORG.show(org_id),
-                    details={"name": name, "plan": plan, "region_preferences": list(region_preferences)},
+                    details={
+                        "name": name,
+                        "plan": plan,
+                        "region_preferences": list(region_preferences),
+                        "is_operator": is_operator,
+                    },
                 )
         return _org(row), is_new
 
@@ -180,7 +195,7 @@ class TenancyStore:
         return [_org(row) for row in await self._pool.fetch(self.LIST_ORGS, after, state, limit)]
 
     async def update_org(self, org_id: UUID, changes: Mapping[str, Any], *, actor: str) -> Org:
-        """Set any of `state`, `plan` and `region_preferences`. Raises Rejected 404."""
+        """Set any of `state`, `plan`, `region_preferences` and `is_operator`. Raises Rejected 404."""
         async with self._pool.acquire() as connection, connection.transaction():
             row = await connection.fetchrow(self.LOCK_ORG, org_id)
             if row is None:
@@ -190,7 +205,12 @@ class TenancyStore:
             if after == before:
                 return _org(before)
             await connection.execute(
-                self.UPDATE_ORG, org_id, after["state"], after["plan"], list(after["region_preferences"])
+                self.UPDATE_ORG,
+                org_id,
+                after["state"],
+                after["plan"],
+                list(after["region_preferences"]),
+                after["is_operator"],
             )
             await AuditStore.append(
                 connection,
@@ -499,6 +519,7 @@ def _org(row: Mapping[str, Any] | asyncpg.Record) -> Org:
         plan=row["plan"],
         region_preferences=tuple(row["region_preferences"]),
         created_at=row["created_at"],
+        is_operator=row["is_operator"],
     )
 
 
@@ -554,4 +575,5 @@ def _principal(row: asyncpg.Record) -> Principal:
             LimitRow(layer, subject, **{name: limits.get(layer, {}).get(name) for name in LIMITS})
             for layer, subject in zip(LAYERS, subjects, strict=True)
         ),
+        is_operator=row["is_operator"],
     )

@@ -61,6 +61,8 @@ class TestTenancy:
         assert "suspended" in ok("orgs", "suspend", "acme")
         assert read("orgs", "list")[0]["state"] == "suspended"
         assert "active" in ok("orgs", "resume", "acme")
+        assert read("orgs", "set", "acme", "--operator")["is_operator"] is True
+        assert read("orgs", "set", "acme", "--no-operator")["is_operator"] is False
         assert "intact" in ok("audit", "verify")
         assert [row["action"] for row in read("audit", "list", "--limit", "2")] == ["org.update", "org.update"]
 
@@ -145,6 +147,14 @@ class TestFleet:
         assert refused.returncode == 1
         assert "endpoint" in refused.stderr
 
+    def test_deadlines_of_a_model(self, ok: Ok, read: Read) -> None:
+        ok("deadlines", "set", "llama-7b", "--first-token-timeout-ms", "5000", "--idle-timeout-ms", "900")
+        made = read("deadlines", "set", "llama-7b", "--idle-timeout-ms", "default")
+        assert made["deadlines"]["first_token_timeout_ms"] == 5000
+        assert made["deadlines"]["idle_timeout_ms"] is None
+        lines = {line.split()[0]: line.split()[1:] for line in ok("deadlines", "list").splitlines()}
+        assert lines["llama-3-8b"] == ["–", "5000", "–", "–"]
+
     def test_prices_and_usage_for_people(self, ok: Ok) -> None:
         lines = {line.split()[0]: line for line in ok("models").splitlines()}
         assert re.search(r"llama-7b +chat +8192 +0\.0500 +0\.0500$", lines["llama-3-8b"])
@@ -227,6 +237,11 @@ class TestUsage:
             ("limits", "set", "--global", "--requests-per-min", "many"),
             ("limits", "set", "--global", "--requests-per-min", "-5"),
             ("keys", "list", "--env", "dev"),
+            ("orgs", "set", "demo"),
+            ("deadlines", "set", "llama-7b"),
+            ("deadlines", "set", "llama-7b", "--idle-timeout-ms", "0"),
+            ("nodes", "price", "node_1", "-5"),
+            ("requests", "show"),
         ],
     )
     def test_wrong_words_exit_with_2_and_ask_nobody(self, words: tuple[str, ...]) -> None:

@@ -12,8 +12,9 @@ from crosslogic.domain.affinity import MOST_BLOCKS, PrefixMap, prefix_blocks
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(st.characters(), max_size=300),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["content", "text", "role"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["content", "text", "role"]), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 

@@ -14,7 +14,17 @@ from crosslogic.hot import connection
 from crosslogic.hot.routes import RouteBoard, decode, encode
 from tests.conftest import make_settings
 
-ENTRY = RouteEntry("node_a", 5, NodeState.READY, "llama-3-8b", "in-mumbai", "https://10.0.0.1", "llama-7b", 120)
+ENTRY = RouteEntry(
+    "node_a",
+    5,
+    NodeState.READY,
+    "llama-3-8b",
+    "in-mumbai",
+    "https://10.0.0.1",
+    "llama-7b",
+    120,
+    price_microdollars_per_h=350_000,
+)
 
 
 @pytest.fixture

@@ -40,6 +40,24 @@ async def bring(store: NodeStore, to: NodeState, wanted: Intent | None = None) -
     return wanted.id
 
 
+class TestPrice:
+    async def test_makes_a_new_generation_once_and_reaches_the_route_entry(
+        self, store: NodeStore, pool: asyncpg.Pool
+    ) -> None:
+        node_id = await bring(store, NodeState.READY)
+        before = await store.get(node_id)
+        assert before.route_entry.price_microdollars_per_h == 0
+        priced = await store.set_price(node_id, 350_000, actor="test")
+        assert priced.route_entry.price_microdollars_per_h == 350_000
+        assert (priced.generation, priced.state) == (before.generation + 1, NodeState.READY)
+        assert await store.set_price(node_id, 350_000, actor="test") == priced
+        assert await pool.fetchval("SELECT count(*) FROM audit_log WHERE action = 'node.set_price'") == 1
+
+    async def test_of_a_node_that_is_not_there(self, store: NodeStore) -> None:
+        with pytest.raises(Rejected, match="There is no node"):
+            await store.set_price(new_id(), 1, actor="test")
+
+
 class TestIntend:
     async def test_twice_is_once(self, store: NodeStore) -> None:
         wanted = intent()

@@ -82,6 +82,15 @@ class TestFindPrincipals:
         assert principal.allowed_models is None
         assert principal.region_preferences == ("in-mumbai", "us-east")
 
+    async def test_tells_an_operators_keys(self, house: House) -> None:
+        digest = keys.hash_secret(house.secret)
+        assert not (await house.store.find_principals([digest]))[digest].is_operator
+        before = await house.tenancy_counter()
+        org = await house.store.update_org(house.org.id, {"is_operator": True}, actor=ACTOR)
+        assert org.is_operator
+        assert (await house.store.find_principals([digest]))[digest].is_operator
+        assert await house.tenancy_counter() > before
+
     async def test_puts_the_environments_home_region_first(self, house: House) -> None:
         await house.store.update_environment(house.environment.id, {"home_region": "us-east"}, actor=ACTOR)
         principal = (await house.store.find_principals([keys.hash_secret(house.secret)])).popitem()[1]

@@ -91,6 +91,26 @@ class TestCatalog:
         assert regions["in-mumbai"]["multiplier_bp"] == 7000
         assert regions["in-mumbai"]["fallback"] == ["ap-southeast", "eu-west", "us-east"]
 
+    def test_a_models_deadlines_are_set_and_taken_away(self, api: httpx.Client) -> None:
+        made = api.patch("/models/llama-7b", json={"first_token_timeout_ms": 5000, "idle_timeout_ms": 900}).json()
+        assert made["name"] == "llama-3-8b"
+        expected = {"connect_timeout_ms": None, "first_token_timeout_ms": 5000, "idle_timeout_ms": 900}
+        assert made["deadlines"] == expected | {"total_timeout_ms": None}
+        again = api.patch("/models/llama-3-8b", json={"idle_timeout_ms": None, "metadata": {"a": [1]}}).json()
+        assert (again["deadlines"]["idle_timeout_ms"], again["metadata"]) == (None, {"a": [1]})
+        assert again["deadlines"]["first_token_timeout_ms"] == 5000
+        assert api.patch("/models/llama-3-8b", json={"metadata": {"a": [1]}}).json() == again
+        audit = api.get("/audit").json()["data"]
+        assert [(row["action"], row["subject"]) for row in audit] == [("model.update", "llama-3-8b")] * 2
+        assert audit[0]["details"]["idle_timeout_ms"] == {"from": 900, "to": None}
+
+    @pytest.mark.parametrize(
+        "body", [{"idle_timeout_ms": 0}, {"idle_timeout_ms": 86_400_001}, {"metadata": None}, {"hold_timeout_ms": 5}]
+    )
+    def test_a_model_refuses_what_is_no_deadline(self, empty: httpx.Client, body: dict[str, Any]) -> None:
+        assert empty.patch("/models/llama-3-8b", json=body).status_code == 400
+        assert code_of(empty.patch("/models/gpt-17", json={})) == (404, "model_not_found")
+
     def test_a_deployment_is_what_was_put(self, api: httpx.Client) -> None:
         body = {
             "model": "llama-7b",
@@ -205,6 +225,14 @@ class TestNodes:
         assert (shown["state"], shown["generation"], shown["reason"]) == ("ready", 5, "it had to admit")
         assert (shown["is_pinned"], shown["is_tombstoned"], shown["ended_at"]) == (True, False, None)
         assert code_of(api.get(f"/nodes/{ids.NODE.show(new_id())}"))[0] == 404
+
+    def test_a_price_is_said_by_hand(self, api: httpx.Client, settings: Settings) -> None:
+        node_id = asyncio.run(add_node(settings.database_url.get_secret_value(), events=READY))
+        assert api.get(f"/nodes/{node_id}").json()["price_microdollars_per_h"] == 0
+        priced = api.patch(f"/nodes/{node_id}", json={"price_microdollars_per_h": 350_000}).json()
+        assert (priced["price_microdollars_per_h"], priced["generation"]) == (350_000, 6)
+        assert api.get(f"/nodes/{node_id}").json() == priced
+        assert api.patch(f"/nodes/{node_id}", json={"price_microdollars_per_h": -1}).status_code == 400
 
     def test_starting_one_starts_its_provisioning_once(self, fleet: httpx.Client, fleet_settings: Settings) -> None:
         body = {"model": "llama-7b", "region": "ap-south-1", "spot": False, "node_id": ids.NODE.show(new_id())}

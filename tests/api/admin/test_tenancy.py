@@ -52,6 +52,11 @@ class TestOrgs:
         changed = api.patch(f"/orgs/{org['id']}", json={"plan": "enterprise", "region_preferences": []}).json()
         assert changed == org | {"state": "suspended", "plan": "enterprise", "region_preferences": []}
 
+    def test_an_operators_is_made_by_a_change(self, api: httpx.Client, org: Any) -> None:
+        assert org["is_operator"] is False
+        assert api.patch("/orgs/acme", json={"is_operator": True}).json() == org | {"is_operator": True}
+        assert api.patch("/orgs/acme", json={"is_operator": None}).status_code == 400
+
     def test_null_is_no_state(self, api: httpx.Client, org: Any) -> None:
         answer = api.patch("/orgs/acme", json={"state": None})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "state")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -105,7 +104,7 @@ class TestPool:
         world.fill(2)
         pool = world.pool
         world.table.replace([])
-        world.fill(3)
+        world.fill(3, generation=2)
         assert world.pool is pool
         assert (pool.routable_count, len(pool.nodes), pool.had_nodes) == (3, 3, True)
 
@@ -387,14 +386,13 @@ class TestEjection:
             ejected = [other for other in nodes if other.ejected_until > world.now]
             assert len(ejected) <= most
             assert node in ejected
-        # Those ejected longest are on trial once the shortest ejection is over, one request each.
-        world.clock.now = 1000.0 + 1.01 * 1 + 0.01 * (count - most) - 1e-9
+        # Those ejected longest are on trial, one request each, once the shortest ejection is over.
+        world.clock.now = 1001.005 + 0.01 * (count - most)
         trials = [choice.node for _ in range(count) if (choice := world.choose()).reason == "trial"]
-        assert set(nodes[: count - most]) - set(trials) == set() if count - most > 1 else trials == [nodes[0]]
-        assert len(trials) == len(set(trials))
+        assert trials == nodes[: count - most]
 
     async def test_dead_nodes_beyond_the_share_cost_few_tries(self, world: World) -> None:
-        *dead, good = world.fill(4)
+        good = world.fill(4)[-1]
         failures = 0
         for _ in range(1000):
             world.clock.now += 0.01
@@ -431,14 +429,16 @@ class TestEjection:
             assert not any(node.first_token(2.0 + number / 2, world.now) for number, node in enumerate(nodes)), round
         assert len(world.pool.nodes) == 4
 
-    async def test_slow_nodes_are_never_the_last_or_beyond_the_share(self, world: World) -> None:
-        fast, slow, slower = world.fill(3)
+    async def test_slow_nodes_are_never_the_last_or_beyond_the_share(self) -> None:
+        world = World(replace(RULES, ejected_share=0.2))
+        *fast, slow, slower = world.fill(5)
         for _ in range(3):
             world.clock.now += 2
-            fast.first_token(0.1, world.now)
+            for node in fast:
+                node.first_token(0.1, world.now)
             slow.first_token(5.0, world.now)
             slower.first_token(9.0, world.now)
-        assert len(world.pool.out) == 1
+        assert world.pool.out == [slow]
         (alone,) = World().fill(1)
         for latency_s in (0.1, 0.1, 50.0, 50.0, 50.0):
             assert not alone.first_token(latency_s, 2000.0)
@@ -568,14 +568,20 @@ class TestPrefixAffinity:
         blocks = self.conversation(1, 4)
         chance = random.Random(1)
         running: list[Node] = []
+        kept = 0
         for _ in range(2000):
-            node = world.choose(blocks=blocks).node
-            node.take(1000)
-            running.append(node)
+            mean = world.pool.tokens_in_flight / 8
+            choice = world.choose(blocks=blocks)
+            if choice.reason == "affinity":
+                kept += 1
+                assert choice.node.tokens_in_flight <= 1.25 * mean + 2048
+            choice.node.take(1000)
+            running.append(choice.node)
             if len(running) > 160:
                 running.pop(chance.randrange(len(running))).give_back(1000)
-            mean = sum(other.tokens_in_flight for other in nodes) / 8
-            assert max(other.tokens_in_flight for other in nodes) <= 1.25 * mean + 2048 + 1000
+            # Beyond what affinity may do, two choices may both fall on full nodes, now and then.
+            assert max(node.tokens_in_flight for node in nodes) <= 1.5 * mean + 2 * 2048
+        assert kept > 1000
 
     async def test_a_shared_beginning_spreads_and_each_conversation_stays(self, world: World) -> None:
         world.fill(8, "prefix-affinity")
@@ -588,7 +594,9 @@ class TestPrefixAffinity:
         assert max(Counter(homes.values()).values()) <= 1.25 * 25 + 3
         for node in homes.values():
             node.give_back(1000)
-        kept = [world.choose(blocks=self.conversation(number, 2, system)).node is homes[number] for number in range(200)]
+        kept = [
+            world.choose(blocks=self.conversation(number, 2, system)).node is homes[number] for number in range(200)
+        ]
         assert all(kept)
 
     async def test_an_ejected_nodes_conversations_move_and_settle(self, world: World) -> None:
@@ -624,22 +632,19 @@ class TestPrefixAffinity:
         assert (second.node, second.reason) == (first.node, "affinity")
 
 
-Simulated = Callable[[World, Node], float]
-
-
 class TestLatencyWeighted:
     async def test_waits_are_shorter_than_by_turns_where_nodes_differ(self) -> None:
         def mean_wait_s(strategy: str) -> float:
             """Poisson arrivals on nodes of which one is four times as slow; each serves one request after the other."""
             world = World()
             nodes = world.fill(4, strategy)
-            service_s = {node: 0.4 if node is nodes[0] else 0.1 for node in nodes}
+            service_s = {node: 0.004 if node is nodes[0] else 0.001 for node in nodes}
             free_at = dict.fromkeys(nodes, world.now)
             ends: list[tuple[float, Node, float]] = []
             chance = random.Random(5)
             waits: list[float] = []
-            for _ in range(3000):
-                world.clock.now += chance.expovariate(18.0)
+            for _ in range(1500):
+                world.clock.now += chance.expovariate(1800.0)
                 for end in sorted(end for end in ends if end[0] <= world.now):
                     ends.remove(end)
                     end[1].first_token(end[2], end[0])
@@ -652,4 +657,4 @@ class TestLatencyWeighted:
                 ends.append((free_at[node], node, wait_s))
             return sum(waits) / len(waits)
 
-        assert mean_wait_s("latency-weighted") < 0.5 * mean_wait_s("round-robin")
+        assert mean_wait_s("latency-weighted") < 0.1 * mean_wait_s("round-robin")
