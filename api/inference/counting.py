@@ -11,7 +11,7 @@ from api.inference.calls import Call
 from api.inference.upstream import FailureKind, NodeFailure, Upstream
 
 # Nobody waits for the figure but the usage record; without one by then the estimate stands.
-COUNT_TIMEOUT_S = 1.0
+COUNT_TIMEOUT_S = 0.5
 LONGEST_COUNT_BYTES = 16 * 1024 * 1024
 
 _encode = msgspec.json.Encoder().encode

@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from crosslogic.domain import keys
-from tests.api.inference.conftest import Api, MakeApi, chat_body
+from tests.api.inference.conftest import Api, Fleet, MakeApi, chat_body
 from tests.engines import Engine, fails, hang, reset, streams_then
 
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -317,10 +317,12 @@ class TestHold:
         assert (await api.chat()).status_code == 503
         assert time.monotonic() - began < 1
 
-    async def test_f2_f6_a_draining_node_gets_nothing_new(self, make_api: MakeApi, make_engine: Any) -> None:
+    async def test_f2_f6_a_draining_node_gets_nothing_new(
+        self, fleet: Fleet, make_api: MakeApi, make_engine: Any
+    ) -> None:
         leaving, staying = await make_engine(), await make_engine()
+        node = await fleet.add_node(leaving)
         api = await make_api(staying)
-        node = await api.fleet.add_node(leaving)
 
         async def is_used() -> bool:
             await api.chat()
