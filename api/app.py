@@ -43,6 +43,7 @@ from crosslogic.settings import settings as read_settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
+from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
@@ -95,7 +96,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     observer = Observer()
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
     table = RouteTable(partial(node_credential, secret), _tls())
-    limits = Limits(LimitBook(pipeline, settings.redis_prefix))
+    limits = Limits(LimitBook(pipeline, settings.redis_prefix, encode(new_id()), LimitSums(pool).read))
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,
         first_byte_s=settings.first_byte_timeout_s,

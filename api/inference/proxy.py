@@ -295,9 +295,9 @@ class Relay:
         finally:
             watcher.cancel()
             self._streams.discard(relayed)
-            await self._finish(relayed)
+            self._finish(relayed)
 
-    async def _finish(self, relayed: Relayed) -> None:
+    def _finish(self, relayed: Relayed) -> None:
         record = relayed.record(self._loop.time())
         if not relayed.is_settled:
             try:
@@ -306,15 +306,10 @@ class Relay:
                 log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
         self._observer.finished(record)
         if record.outcome in OUR_FAILURES:
-            ending = self._limits.release(relayed.hold)
+            self._limits.release(relayed.hold)
         else:
             tokens = record.prompt_tokens + record.completion_tokens
-            ending = self._limits.settle(relayed.hold, tokens, record.list_price_microdollars)
-        try:
-            # Shielded: a request that is being cancelled must give its holds back all the same.
-            await asyncio.shield(ending)
-        except Exception:
-            log.exception("the hold of %s was not given back; it expires", relayed.shown_id)
+            self._limits.settle(relayed.hold, tokens, record.list_price_microdollars)
 
     def _settle(self, relayed: Relayed) -> None:
         """Put the usage record into the durable log, once. Raises OSError."""

@@ -23,6 +23,7 @@ from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
 from crosslogic.domain.keys import Action, role_allows
+from crosslogic.domain.limits import LimitReached
 from crosslogic.domain.tenancy import Principal
 from crosslogic.domain.usage import Intent, list_price_microdollars
 
@@ -171,7 +172,7 @@ class Inference:
         try:
             self._usage_log.intend(intent)
         except BaseException:
-            await self._limits.release(hold)
+            self._limits.release(hold)
             raise
         return Relayed(request_id, shown_id, call, model, plan, hold, intent, started_at)
 
@@ -283,6 +284,8 @@ class Inference:
         headers: Headers = [(b"x-request-id", shown_id.encode())]
         if relayed is not None:
             headers = [header for header in relayed.headers(b"") if header[0] != b"content-type"]
+        elif isinstance(error, LimitReached):
+            headers.extend(error.standing.headers())
         headers.extend((name.lower().encode(), value.encode()) for name, value in more.items())
         await _send_json(status, body, headers, send)
 
