@@ -44,6 +44,7 @@ from crosslogic.settings import settings as read_settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
+from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
@@ -91,8 +92,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
     rules = Rules(settings.full_load_s, settings.slow_start_s, settings.ejected_share)
     table = RouteTable(partial(node_credential, secret), _tls(), rules)
-    book = LimitBook(pipeline, settings.redis_prefix)
-    limits = Limits(book)
+    book = LimitBook(pipeline, settings.redis_prefix, encode(new_id()), LimitSums(pool).read)
+    limits = Limits(book, observer.would_refuse)
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,
         first_byte_s=settings.first_byte_timeout_s,

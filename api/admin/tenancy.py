@@ -344,6 +344,9 @@ LimitValue = Annotated[
 ]
 
 
+LimitName = Literal["requests_per_min", "tokens_per_min", "tokens_per_day", "concurrency", "monthly_spend_microdollars"]
+
+
 class LimitsOut(BaseModel):
     """What is set for one subject of one layer. Null means the layer's default, -1 no limit."""
 
@@ -354,6 +357,7 @@ class LimitsOut(BaseModel):
     tokens_per_day: int | None
     concurrency: int | None
     monthly_spend_microdollars: int | None = Field(description="Orgs only.")
+    dry_run: list[LimitName] = Field(description="Limits that count and report but refuse nothing.")
 
 
 class LimitsIn(Body):
@@ -364,6 +368,9 @@ class LimitsIn(Body):
     tokens_per_day: LimitValue = None
     concurrency: LimitValue = None
     monthly_spend_microdollars: LimitValue = Field(default=None, description="Orgs only; 1 000 000 is one dollar.")
+    dry_run: list[LimitName] = Field(
+        default=[], max_length=len(LIMITS), description="All limits that shall count and report but refuse nothing."
+    )
 
 
 SubjectPath = Annotated[
@@ -382,9 +389,10 @@ async def set_limits(layer: Layer, subject_id: SubjectPath, body: LimitsIn, admi
     """Set some of a subject's limits; acts everywhere within 1 s."""
     changes = body.model_dump(exclude_unset=True)
     if not changes:
-        raise Rejected(f"Give at least one of: {', '.join(LIMITS)}.", code="nothing_to_set")
+        raise Rejected(f"Give at least one of: {', '.join(LIMITS)}, dry_run.", code="nothing_to_set")
+    dry_run: list[str] | None = changes.pop("dry_run", None)
     subject = await _subject(admin, layer, subject_id)
-    return _show_limits(await admin.tenancy.set_limits(layer, subject, changes, actor=ACTOR))
+    return _show_limits(await admin.tenancy.set_limits(layer, subject, changes, dry_run=dry_run, actor=ACTOR))
 
 
 # Helpers
@@ -503,4 +511,7 @@ def _show_key(key: Key) -> KeyOut:
 
 def _show_limits(row: LimitRow) -> LimitsOut:
     shown = {"org": ids.ORG.show, "environment": ids.ENVIRONMENT.show, "key": ids.KEY.show}.get(row.layer)
-    return LimitsOut.model_validate(asdict(row) | {"subject_id": shown(row.subject_id) if shown else "all"})
+    return LimitsOut.model_validate(
+        asdict(row)
+        | {"subject_id": shown(row.subject_id) if shown else "all", "dry_run": sorted(row.dry_run, key=LIMITS.index)}
+    )

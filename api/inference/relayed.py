@@ -127,7 +127,7 @@ class Relayed:
         lines = b"content-type: %b\r\nx-request-id: %b\r\n" % (content_type, self.shown_id.encode())
         if node is not None:
             lines += node.head
-        return lines + self.hold.lines
+        return lines + self.hold.standing.lines()
 
     # A stream
 

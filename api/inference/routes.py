@@ -25,6 +25,7 @@ from api.inference.server import BodyTooLarge, Exchange
 from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
+from crosslogic.domain.limits import LimitReached
 from crosslogic.domain.keys import Action, role_allows
 from crosslogic.domain.tenancy import Principal
 from crosslogic.domain.usage import Intent, list_price_microdollars
@@ -279,6 +280,8 @@ class Inference:
             head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
         else:
             head = relayed.head(b"application/json")
+        if isinstance(error, LimitReached):
+            head += error.standing.lines()
         head += b"".join([f"{name}: {value}\r\n".encode() for name, value in more.items()])
         exchange.respond(status, head, _encode(body))
 

@@ -176,12 +176,18 @@ def set_limits(
     tokens_per_day: LimitOption = None,
     concurrency: LimitOption = None,
     monthly_spend_microdollars: LimitOption = None,
+    dry_run: Annotated[
+        str | None,
+        typer.Option(metavar="LIMIT,…|none", help="All limits that shall count and report but refuse nothing."),
+    ] = None,
 ) -> None:
     """Set some limits of one subject and keep the others. `none`: no limit; `default`: the layer's."""
     given = zip(
         LIMITS, (requests_per_min, tokens_per_min, tokens_per_day, concurrency, monthly_spend_microdollars), strict=True
     )
-    changes = {name: _limit(name, value) for name, value in given if value is not None}
+    changes: dict[str, Any] = {name: _limit(name, value) for name, value in given if value is not None}
+    if dry_run is not None:
+        changes["dry_run"] = [] if dry_run == "none" else _limit_names(dry_run)
     if not changes:
         raise typer.BadParameter("give at least one limit, such as --requests-per-min 120")
     subject = _subject(session, key, environment, org, env, everybody)
@@ -217,6 +223,13 @@ def _limit(name: str, value: str) -> int | None:
     return number
 
 
+def _limit_names(value: str) -> list[str]:
+    names = [name.strip().replace("-", "_") for name in value.split(",")]
+    if not set(names) <= set(LIMITS):
+        raise typer.BadParameter(f"write any of {', '.join(LIMITS)}, or none", param_hint="--dry-run")
+    return names
+
+
 def _subject(
     session: Session, key: str | None, environment: str | None, org: str | None, env: str | None, everybody: bool
 ) -> str:
@@ -247,4 +260,7 @@ def _show_limits(session: Session, limits: dict[str, Any]) -> None:
         return
     words = {None: "default", NO_LIMIT: "none"}
     names = [name for name in LIMITS if limits["layer"] == "org" or name != "monthly_spend_microdollars"]
-    session.show({"subject": limits["subject_id"], **{name: words.get(limits[name], limits[name]) for name in names}})
+    shown = {name: words.get(limits[name], limits[name]) for name in names}
+    if limits["dry_run"]:
+        shown["dry_run"] = ", ".join(limits["dry_run"])
+    session.show({"subject": limits["subject_id"], **shown})

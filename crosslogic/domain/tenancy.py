@@ -24,7 +24,10 @@ NO_LIMIT: Final = -1
 
 @dataclass(frozen=True, slots=True)
 class LimitRow:
-    """What is set for one subject of one layer, as stored: None means the layer's default, -1 no limit at all."""
+    """What is set for one subject of one layer, as stored: None means the layer's default, -1 no limit at all.
+
+    Limits named in `dry_run` count and report but refuse nothing.
+    """
 
     layer: str
     subject_id: UUID
@@ -33,6 +36,7 @@ class LimitRow:
     tokens_per_day: int | None = None
     concurrency: int | None = None
     monthly_spend_microdollars: int | None = None
+    dry_run: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,217 +1,604 @@
-"""The book of limits that all API processes share: in Valkey, one script call for each decision."""
+"""The book of limits that all API processes share: in Valkey, one script call for all decisions of a turn."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, cast
 
+import hiredis
 import msgspec
 
-from crosslogic.domain.errors import Unavailable
+from crosslogic.domain.errors import InvariantViolated, Unavailable
 from crosslogic.domain.limits import (
+    CONCURRENCY,
     DAY,
     HOLD_MS,
+    METERS,
     MINUTE,
+    MINUTE_TOKENS,
     Allowance,
+    Amounts,
     Book,
+    Hold,
     LayerLimits,
     Limited,
     Month,
-    Placed,
     Refusal,
+    Reserved,
     Standing,
-    Subject,
+    Sum,
+    add_to,
+    no_amounts,
     refuse,
 )
-from crosslogic.hot.pipeline import PipelinedRedis, Script
+from crosslogic.hot.pipeline import PipelinedRedis, Script, pack_but_last, pack_last, translated
 
 log = logging.getLogger(__name__)
 
 _SCRIPT: Final = Script((Path(__file__).parent / "limits.lua").read_text(encoding="utf-8"))
 _pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder().decode
+
+# The steps of one call, as limits.lua numbers them.
+_PLACE, _SETTLE, _RELEASE, _ADOPT, _ADD = 1, 2, 3, 4, 5
 
 # Amounts beyond this are beyond Lua's exact integers (2⁵³); nothing real comes near.
 _MOST: Final = 1 << 52
-# How long Valkey keeps what nobody touches: somewhat longer than it can count.
+# How long Valkey keeps what nobody touches: somewhat longer than it can count, or than a request can run.
 _MINUTE_TTL_MS: Final = 2 * MINUTE.bucket_ms * MINUTE.buckets
 _DAY_TTL_MS: Final = DAY.bucket_ms * (DAY.buckets + 2)
 _MONTH_TTL_MS: Final = 32 * 86_400_000
-# Renewals that go into one call, so that no call keeps Valkey busy for long.
-_RENEWED_AT_ONCE: Final = 200
+# By meter.
+_TTL_MS: Final = (_MINUTE_TTL_MS, _MINUTE_TTL_MS, _DAY_TTL_MS, _MONTH_TTL_MS, _DAY_TTL_MS)
+# Steps that go into one call, so that no call keeps Valkey busy for long.
+_MOST_STEPS: Final = 100
 # Sequences of subjects kept ready, one for each principal that is active.
 _MOST_PREPARED: Final = 20_000
-# Endings that wait for Valkey to come back; beyond that the oldest are left to expire.
-_MOST_OWED: Final = 100_000
+# Subjects whose last known amounts are kept.
+_MOST_SEEN: Final = 100_000
+
+# A sign of life, and how long after its last one a process counts as one that takes its share of what is left.
+BEAT_INTERVAL_S: Final = 5.0
+_LIVING_MS: Final = 15_000
+# A rebuild that gives no sign for so long is left to another process.
+_LOCK_MS: Final = 10_000
+# What ended so long ago is in Postgres. Later endings are kept, for a rebuild must count each exactly once.
+_SHIPPED_AFTER_MS: Final = 30_000
+# How long a rebuild waits for the lists of those that took part before.
+_LISTS_PATIENCE_S: Final = 1.0
+_LOOK_INTERVAL_S: Final = 0.02
+_SUBJECTS_AT_ONCE: Final = 200
+_PAUSE_S: Final = 0.5
+
+
+class ReadSums(Protocol):
+    """Reads from Postgres what counts now, leaving out the requests with these hold ids."""
+
+    def __call__(self, now_ms: int, without: Sequence[str]) -> Awaitable[Iterable[Sum]]:
+        """What is in the windows of `now_ms`, for every subject and meter that is limited."""
+        ...
+
+
+async def no_sums(now_ms: int, without: Sequence[str]) -> Iterable[Sum]:
+    """Where nothing was ever used."""
+    return ()
 
 
 class LimitBook:
-    """Places, settles, releases and renews holds; every decision is one atomic step over all layers, or none of it.
+    """Places, settles and releases holds; every decision is one atomic step over all layers, or none of it.
 
-    Assumes a single Valkey primary, not a cluster: the keys of one call belong to several subjects, so they do not
-    share a slot. A failover may lose the last instants: settling what it no longer knows has no effect.
+    What is asked in one turn of the event loop leaves in one call, in order, so that an ending comes before whatever is
+    placed later. Assumes a single Valkey primary, not a cluster: the keys of one call belong to several subjects, so
+    they do not share a slot. A failover may lose the last instants: settling what it no longer knows has no effect.
 
-    While Valkey cannot be reached each process decides alone, in a book of its own that starts from nothing and is kept
-    from one outage to the next. Overshoot: with N processes at most (N + 1) × the limit is admitted within a window,
-    once by Valkey and once by each process. Holds end where they were placed; endings that could not reach Valkey are
-    owed, and paid by `renew` when it is back.
+    While Valkey cannot be reached, or does not know this process, the process decides alone: from what it last knew of
+    a subject, and no more than its share of what was left (docs/limits.md has the bound). `join` ends that: it adds
+    what was admitted alone, or has the counters rebuilt from Postgres where Valkey lost them.
     """
 
-    def __init__(self, pipeline: PipelinedRedis, prefix: str, *, hold_ms: int = HOLD_MS) -> None:
+    def __init__(self, pipeline: PipelinedRedis, prefix: str, process: str, read_sums: ReadSums = no_sums) -> None:
         self._pipeline = pipeline
-        self._subject_prefix = f"{prefix}limits:"
-        self._hold_prefix = f"{prefix}hold:"
-        self._hold_ms = hold_ms
-        self._alone = Book(hold_ms)
-        self._is_alone = False
+        self._prefix = f"{prefix}limits:"
+        self._marker = f"{prefix}limits:generation"
+        self._process = process
+        self._read_sums = read_sums
+        self._loop = asyncio.get_running_loop()
+        # Of Valkey: which generation of counters we take part in, by which joining, and among how many.
+        self._generation: str | None = None
+        self._session = 0
+        self._sharers = 1
+        self._begun = b""
+        # The book of this process alone; None while it is not needed.
+        self._alone: Book | None = Book()
+        self._is_alone = True
+        self._parted = asyncio.Event()
+        self._parted.set()
+        # This turn's steps, and who waits for the placings among them.
+        self._steps: list[Sequence[Any]] = []
+        self._asked: list[tuple[asyncio.Future[Hold | Refusal], Hold]] = []
+        self._now_ms = 0
         self._month = Month.at(0)
-        self._prepared: dict[int, tuple[Sequence[Limited], list[Limited], msgspec.Raw]] = {}
-        self._open: set[str] = set()
-        self._owed: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._prepared: dict[int, tuple[Sequence[Limited], Sequence[Limited], msgspec.Raw]] = {}
+        self._seen: dict[bytes, bytes] = {}
+        self._open: dict[str, Hold] = {}
+        # Endings of the last half minute, of whole requests; kept longer while a rebuild counts on them.
+        self._ended: deque[tuple[int, Hold]] = deque()
+        self._listed_in: str | None = None
+        # What Valkey has yet to hear: steps whose outcome is unknown, and what ended that was placed alone.
+        self._owed: list[Sequence[Any]] = []
+        self._unknown: dict[str, tuple[int, Amounts]] = {}
+        self._added = 0
 
     @property
     def is_alone(self) -> bool:
-        """Whether the last decision was this process's own, because Valkey could not be reached."""
+        """Whether decisions are this process's own at the moment."""
         return self._is_alone
 
+    @property
+    def sharers(self) -> int:
+        """How many processes took part when this one last looked."""
+        return self._sharers
+
     async def place(
-        self, hold_id: str, subjects: Sequence[Limited], tokens: int, spend_microdollars: int, now_ms: int
-    ) -> Placed | Refusal:
+        self,
+        hold_id: str,
+        subjects: Sequence[Limited],
+        tokens: int,
+        spend_microdollars: int,
+        now_ms: int,
+        reservation: Reserved | None = None,
+    ) -> Hold | Refusal:
         """Hold an estimate at every layer, or at none and say why. Ids are never used twice.
 
-        The hold expires unless it is renewed: then its tokens and spend are given back, and the request itself stays
-        counted. Layers without any limit cost nothing. Pass a principal's `subjects` as one object that never changes:
-        its form on the wire is kept.
+        A hold lives as long as its process shows life. Layers without any limit cost nothing. Pass a principal's
+        `subjects` as one object that never changes: its form on the wire is kept.
         """
-        limited, wire = self._prepare(subjects)
-        if not limited:
-            return Placed(Standing())
-        month = self._month_at(now_ms)
-        tokens, spend = min(max(tokens, 1), _MOST), min(max(spend_microdollars, 1), _MOST)
-        given = (tokens, spend, month.number, month.ends_ms, now_ms + self._hold_ms, wire)
+        known = self._prepared.get(id(subjects))
+        if known is None or known[0] is not subjects:
+            known = self._prepare(subjects)
+        limited, wire = known[1], known[2]
+        tokens = min(max(tokens, 1), _MOST)
+        spend = min(max(spend_microdollars, 1), _MOST)
+        hold = Hold(hold_id, limited, tokens, spend, now_ms, reservation)
+        if not limited and reservation is None:
+            return hold
+        if self._is_alone:
+            return self._place_alone(hold)
+        if reservation is None:
+            step = (_PLACE, hold_id, tokens, spend, wire, False, 0)
+        else:
+            step = (_PLACE, hold_id, tokens, spend, wire, reservation.name, min(reservation.tokens_per_min, _MOST))
+        future: asyncio.Future[Hold | Refusal] = self._loop.create_future()
+        self._now_ms = now_ms
+        self._add_step(step)
+        self._asked.append((future, hold))
         try:
-            reply: list[int] = await self._call("place", now_ms, [self._hold_prefix + hold_id], given)
-        except Unavailable as error:
-            self._note_alone(error)
-            return self._alone.place(hold_id, limited, tokens, spend, now_ms)
+            return await future
         except asyncio.CancelledError:
-            # It was sent, and commands stay in order: take it back behind it.
-            self._forget_sent(hold_id, now_ms)
+            # It was sent, or will be in a moment, and steps stay in order: take it back behind it.
+            if self._open.pop(hold_id, None) is not None and self._alone is not None:
+                self._alone.release(hold_id)
+            self._add_step((_RELEASE, hold_id))
             raise
-        self._note_together()
-        if reply[0] == 1:
-            self._open.add(hold_id)
-            return Placed(Standing(_allowance(reply, 1), _allowance(reply, 4)))
-        _, number, meter, limit, used, asked, wait_ms = reply
-        subject, _ = limited[number - 1]
-        return refuse(
-            subject.layer,
-            meter - 1,
-            limit=limit,
-            used=used,
-            asked=asked,
-            wait_ms=None if wait_ms < 0 else wait_ms,
-        )
 
-    async def settle(self, hold_id: str, tokens: int, spend_microdollars: int, now_ms: int) -> None:
+    def settle(self, hold_id: str, tokens: int, spend_microdollars: int, now_ms: int) -> None:
         """End a hold: its tokens and spend become what was really used, in the minute, day and month it was placed in.
 
-        Settling or releasing what has ended is without effect. Never raises Unavailable: the ending is then owed.
+        Settling or releasing what has ended is without effect. Never waits and never raises: what does not reach Valkey
+        is owed.
         """
-        if hold_id in self._alone:
-            self._alone.settle(hold_id, tokens, spend_microdollars)
-        elif hold_id in self._open:
-            self._open.discard(hold_id)
-            await self._end(hold_id, "settle", (min(tokens, _MOST), min(spend_microdollars, _MOST)), now_ms)
+        hold = self._open.pop(hold_id, None)
+        if hold is None:
+            return
+        hold.used_tokens, hold.used_spend = tokens, spend = min(tokens, _MOST), min(spend_microdollars, _MOST)
+        self._ended.append((now_ms, hold))
+        if self._alone is not None:
+            self._alone.settle(hold_id, tokens, spend)
+            if hold.is_alone:
+                self._count(self._unknown, hold)
+                return
+        self._add_step((_SETTLE, hold_id, tokens, spend))
 
-    async def release(self, hold_id: str, now_ms: int) -> None:
+    def release(self, hold_id: str) -> None:
         """End a hold as if it had never been: for requests that we refuse or fail before a node took them.
 
         Not even the request counts against requests/min, so that our own troubles cost a client nothing.
         """
-        if hold_id in self._alone:
+        hold = self._open.pop(hold_id, None)
+        if hold is None:
+            return
+        if self._alone is not None:
             self._alone.release(hold_id)
-        elif hold_id in self._open:
-            self._open.discard(hold_id)
-            await self._end(hold_id, "release", (), now_ms)
+            if hold.is_alone:
+                return
+        self._add_step((_RELEASE, hold_id))
 
-    async def renew(self, hold_ids: Collection[str], now_ms: int) -> None:
-        """Keep these holds for another minute, and pay endings that are owed. Call it every 20 s, with none as well.
+    async def run(self, now_ms: Callable[[], int]) -> None:
+        """Run for the life of the process: join, show life, and join anew whenever Valkey was away."""
+        said = ""
+        while True:
+            await self._pipeline.wait_connected()
+            try:
+                await self.join(now_ms())
+                said = ""
+                while not self._is_alone:
+                    try:
+                        async with asyncio.timeout(BEAT_INTERVAL_S):
+                            await self._parted.wait()
+                    except TimeoutError:
+                        await self.beat(now_ms())
+            except Unavailable as error:
+                self._part(error)
+            except Exception as error:
+                if repr(error) != said:
+                    log.exception("limits stay with this process alone, for it cannot join the others")
+                said = repr(error)
+            await asyncio.sleep(_PAUSE_S * random.uniform(0.1, 1.0))
 
-        Raises Unavailable while Valkey is away.
+    async def beat(self, now_ms: int) -> None:
+        """Show life, count those that do, and give back what the dead held. Raises Unavailable while Valkey is away."""
+        is_more = 1
+        while is_more:
+            given = (now_ms - _LIVING_MS, now_ms - HOLD_MS)
+            sharers, is_more = cast("list[int]", await self._call("beat", self._generation or "", now_ms, given))
+            if sharers == 0:
+                error = Unavailable("Valkey no longer knows this process.")
+                self._part(error)
+                raise error
+            self._sharers = sharers
+        while self._listed_in is None and self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
+            self._ended.popleft()
+        while len(self._seen) > _MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+
+    async def join(self, now_ms: int) -> None:
+        """Take part in the decisions in Valkey; what happened alone is added there. Raises Unavailable.
+
+        Raises what reading the sums raises, where Valkey lost its counters.
         """
-        self._alone.renew(hold_ids, now_ms)
-        for hold_id, (operation, amounts) in list(self._owed.items()):
-            await self._finish(hold_id, operation, amounts, now_ms)
-            self._owed.pop(hold_id, None)
-        keys = [self._hold_prefix + hold_id for hold_id in hold_ids if hold_id in self._open]
-        for start in range(0, len(keys), _RENEWED_AT_ONCE):
-            await self._call("renew", now_ms, keys[start : start + _RENEWED_AT_ONCE], (now_ms + self._hold_ms,))
-
-    async def _end(self, hold_id: str, operation: str, amounts: tuple[int, ...], now_ms: int) -> None:
+        self._session += 1
         try:
-            await self._finish(hold_id, operation, amounts, now_ms)
-        except Unavailable:
-            if len(self._owed) >= _MOST_OWED:
-                del self._owed[next(iter(self._owed))]
-            self._owed[hold_id] = (operation, amounts)
-
-    async def _finish(self, hold_id: str, operation: str, amounts: tuple[int, ...], now_ms: int) -> None:
-        await self._call(operation, now_ms, [self._hold_prefix + hold_id], amounts)
-
-    def _forget_sent(self, hold_id: str, now_ms: int) -> None:
-        try:
-            reply = self._pipeline.send(
-                "EVALSHA", _SCRIPT.sha, 1, self._hold_prefix + hold_id, "release", now_ms, _pack(())
+            marker = await self._pipeline.execute("GET", self._marker)
+            generation = marker.decode() if marker else await self._rebuild(now_ms)
+            sharers = cast(
+                int,
+                await self._call("join", generation, now_ms, (generation, now_ms - _LIVING_MS), (self._marker,)),
             )
-        except Unavailable:
-            return  # It expires.
-        # Nobody waits for it; read the outcome, or asyncio complains that nobody did.
-        reply.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if sharers == 0:
+                raise Unavailable("Valkey lost its counters again.")
+        except BaseException:
+            self._listed_in = None
+            raise
+        self._sharers = sharers
+        self._move(generation, now_ms)
+        # Replies come in order: behind this one all that was moved is known to have arrived.
+        await self._pipeline.execute("PING")
+        if not self._is_alone:
+            self._alone = None
+            log.info("limits are decided in Valkey, by %d process(es)", sharers)
 
-    async def _call(self, operation: str, now_ms: int, keys: Sequence[str], given: tuple[Any, ...]) -> Any:
-        return await self._pipeline.evaluate(_SCRIPT, keys, (operation, now_ms, _pack(given)))
+    def _move(self, generation: str, now_ms: int) -> None:
+        """Hand over what Valkey has yet to hear, and decide there from here on; one step, so that nothing is missed."""
+        is_listed = self._listed_in == generation
+        if is_listed or self._generation not in (None, generation):
+            # The counters are Postgres's sums, without the requests that this process listed: those it counts itself.
+            since_ms = 0 if is_listed else int(generation.partition("-")[0])
+            owed: list[Sequence[Any]] = []
+            unknown: dict[str, tuple[int, Amounts]] = {}
+            for ended_ms, hold in self._ended:
+                if ended_ms >= since_ms:
+                    self._count(unknown, hold)
+            self._seen.clear()
+        else:
+            owed = [step for step in self._owed if step[0] != _ADOPT or step[1] not in self._open]
+            unknown = self._unknown
+        self._generation, self._listed_in = generation, None
+        self._owed, self._unknown = [], {}
+        self._begun = pack_but_last("EVALSHA", _SCRIPT.sha, 0, *self._who("run", generation))
+        self._is_alone = False
+        self._parted.clear()
+        self._now_ms = now_ms
+        for step in owed:
+            self._add_step(step)
+        for some in _chunks(unknown.items()):
+            self._added += 1
+            self._add_step((_ADD, self._added, [(name, ttl_ms, *amounts) for name, (ttl_ms, amounts) in some]))
+        for hold in self._open.values():
+            hold.is_alone = False
+            minute, _, day, month = hold.buckets()
+            reservation = hold.reservation.name if hold.is_reserved and hold.reservation else False
+            wire = _wire(hold.limited)
+            self._add_step((_ADOPT, hold.id, minute, day, month, hold.tokens, hold.spend, reservation, wire))
+        self._send()
 
-    def _prepare(self, subjects: Sequence[Limited]) -> tuple[list[Limited], msgspec.Raw]:
-        """The subjects that have limits, and those as limits.lua reads them; made once for a sequence."""
-        known = self._prepared.get(id(subjects))
-        if known is None or known[0] is not subjects:
-            limited = [pair for pair in subjects if pair[1].is_limited]
-            wire = msgspec.Raw(_pack([self._wire(subject, limits) for subject, limits in limited]))
-            if len(self._prepared) >= _MOST_PREPARED:
-                self._prepared.clear()
-            # The sequence is kept as well, so that no other can have its id.
-            known = self._prepared[id(subjects)] = (subjects, limited, wire)
-        return known[1], known[2]
+    async def _rebuild(self, now_ms: int) -> str:
+        """Have the counters rebuilt from Postgres, by this process or another; the generation that counts then.
 
-    def _wire(self, subject: Subject, limits: LayerLimits) -> tuple[str | int, ...]:
-        """A subject as limits.lua reads it."""
-        numbers = [-1 if limit is None else limit for limit in limits.in_order()]
-        ttl_ms = max(_MINUTE_TTL_MS, 2 * self._hold_ms)
-        if limits.monthly_spend_microdollars is not None:
-            ttl_ms = max(ttl_ms, _MONTH_TTL_MS)
-        elif limits.tokens_per_day is not None:
-            ttl_ms = max(ttl_ms, _DAY_TTL_MS)
-        return (self._subject_prefix + subject.name, ttl_ms, *numbers)
+        Every process lists the requests that may or may not have reached Postgres; the sums leave those out, and their
+        process adds them when it joins. So each is counted once.
+        """
+        lock = self._prefix + "rebuild"
+        building = f"{now_ms}-{self._process}-{self._session}"
+        holder = await self._pipeline.execute("SET", lock, building, "NX", "GET", "PX", _LOCK_MS)
+        if holder is not None:
+            building = holder.decode()
+        else:
+            marker = await self._pipeline.execute("GET", self._marker)
+            if marker:
+                # It was rebuilt just before.
+                await self._pipeline.execute("DEL", lock)
+                return marker.decode()
+        self._listed_in = building
+        mine = _pack([*self._open, *[hold.id for _, hold in self._ended]])
+        await self._pipeline.execute("HSET", f"{self._prefix}{building}:listed", self._process, mine)
+        await self._pipeline.execute("PEXPIRE", f"{self._prefix}{building}:listed", 6 * _LOCK_MS)
+        if holder is None:
+            await self._lead(building, lock, now_ms)
+        else:
+            await self._follow(building, lock)
+        return building
 
-    def _month_at(self, now_ms: int) -> Month:
+    async def _follow(self, building: str, lock: str) -> None:
+        while await self._pipeline.execute("GET", self._marker) != building.encode():
+            if await self._pipeline.execute("GET", lock) != building.encode():
+                if await self._pipeline.execute("GET", self._marker) == building.encode():
+                    break
+                raise Unavailable("The process that rebuilt the counters has given up.")
+            await asyncio.sleep(_LOOK_INTERVAL_S)
+        # A list that came too late was not left out of the sums.
+        if not await self._pipeline.execute("SISMEMBER", f"{self._prefix}{building}:heeded", self._process):
+            self._listed_in = None
+
+    async def _lead(self, building: str, lock: str, now_ms: int) -> None:
+        listed, heeded = f"{self._prefix}{building}:listed", f"{self._prefix}{building}:heeded"
+        if self._generation is not None:
+            until = self._loop.time() + _LISTS_PATIENCE_S
+            while self._loop.time() < until:
+                if await self._pipeline.execute("HLEN", listed) >= self._sharers:
+                    break
+                await asyncio.sleep(_LOOK_INTERVAL_S)
+        found: list[bytes] = await self._pipeline.execute("HGETALL", listed)
+        await self._pipeline.execute("SADD", heeded, *found[::2])
+        await self._pipeline.execute("PEXPIRE", heeded, 6 * _LOCK_MS)
+        without = [hold_id for ids in found[1::2] for hold_id in cast("list[str]", _unpack(ids))]
+        reading = asyncio.ensure_future(self._read_sums(now_ms, without))
+        try:
+            while not reading.done():
+                await asyncio.wait([reading], timeout=_LOCK_MS / 3000)
+                await self._fill(building, lock, now_ms, ())
+        finally:
+            reading.cancel()
+        sums: dict[str, tuple[int, Amounts]] = {}
+        for name, meter, bucket, amount in reading.result():
+            ttl_ms, amounts = sums.get(name) or (0, no_amounts())
+            add_to(amounts[meter], bucket, amount)
+            sums[name] = max(ttl_ms, _TTL_MS[meter]), amounts
+        for some in _chunks(sums.items()):
+            await self._fill(building, lock, now_ms, [(name, ttl, *amounts) for name, (ttl, amounts) in some])
+        if not await self._call("open", building, now_ms, (building,), (lock, self._marker)):
+            raise Unavailable("Another process rebuilds the counters.")
+        level = logging.INFO if self._generation is None else logging.WARNING
+        log.log(level, "the counters of limits were rebuilt from Postgres: %d subject(s)", len(sums))
+
+    async def _fill(self, building: str, lock: str, now_ms: int, subjects: Sequence[Any]) -> None:
+        if not await self._call("fill", building, now_ms, (building, _LOCK_MS, subjects), (lock,)):
+            raise Unavailable("Another process rebuilds the counters.")
+
+    def _who(self, what: str, generation: str) -> tuple[str, str, str, int]:
+        return what, f"{self._prefix}{generation}:", self._process, self._session
+
+    async def _call(
+        self, what: str, generation: str, now_ms: int, given: Sequence[Any], keys: Sequence[str] = ()
+    ) -> Any:
+        month = Month.at(now_ms)
+        packed = _pack((now_ms, month.number, month.ends_ms, *given))
+        return await self._pipeline.evaluate(_SCRIPT, keys, (*self._who(what, generation), packed))
+
+    # In one turn
+
+    def _add_step(self, step: Sequence[Any]) -> None:
+        """Queue a step for this turn's call; alone it is owed."""
+        if self._is_alone:
+            self._owed.append(step)
+            return
+        if not self._steps:
+            self._loop.call_soon(self._send)
+        elif len(self._steps) >= _MOST_STEPS:
+            self._send()
+            self._loop.call_soon(self._send)
+        self._steps.append(step)
+
+    def _send(self) -> None:
+        steps, asked = self._steps, self._asked
+        if not steps:
+            return
+        self._steps, self._asked = [], []
+        now_ms = self._now_ms
         if not self._month.starts_ms <= now_ms < self._month.ends_ms:
             self._month = Month.at(now_ms)
-        return self._month
+        packed = _pack((now_ms, self._month.number, self._month.ends_ms, *steps))
+        try:
+            self._pipeline.post(pack_last(self._begun, packed), partial(self._read, packed, steps, asked, now_ms))
+        except Unavailable as error:
+            self._lose(steps, asked, error)
 
-    def _note_alone(self, error: Unavailable) -> None:
-        if not self._is_alone:
-            self._is_alone = True
-            log.warning("limits are decided by this process alone until Valkey is back: %s", error)
+    def _read(
+        self,
+        packed: bytes,
+        steps: Sequence[Sequence[Any]],
+        asked: Sequence[tuple[asyncio.Future[Hold | Refusal], Hold]],
+        now_ms: int,
+        reply: Any,
+    ) -> None:
+        """Take the reply to one call, or the exception in its place."""
+        if type(reply) is list and reply[0] == 1:
+            _, answers, looked_at = cast("tuple[int, list[list[int]], list[bytes]]", reply)
+            pairs = iter(looked_at)
+            self._seen.update(zip(pairs, pairs, strict=True))
+            for (future, hold), answer in zip(asked, answers, strict=True):
+                if future.done():
+                    continue  # Whoever waited has gone, and its release is on its way.
+                if answer[0]:
+                    hold.at_ms = now_ms
+                    future.set_result(self._placed(hold, answer))
+                else:
+                    future.set_result(_refused(hold, answer))
+        elif isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+            begun = pack_but_last("EVAL", _SCRIPT.source, 0, *self._who("run", self._generation or ""))
+            try:
+                self._pipeline.post(pack_last(begun, packed), partial(self._read, packed, steps, asked, now_ms))
+            except Unavailable as error:
+                self._lose(steps, asked, error)
+        else:
+            error: Any = translated(reply) if isinstance(reply, hiredis.ReplyError) else cast(Any, reply)
+            if isinstance(error, InvariantViolated):
+                log.error("%d steps of limits were refused: %s", len(steps), error)
+                for future, _ in asked:
+                    if not future.done():
+                        future.set_exception(error)
+            else:
+                lost = error if isinstance(error, Unavailable) else Unavailable("Valkey no longer knows this process.")
+                self._lose(steps, asked, lost)
 
-    def _note_together(self) -> None:
+    def _placed(self, hold: Hold, answer: list[int]) -> Hold:
+        hold.standing = _standing(answer, 1)
+        if answer[7]:
+            hold.is_reserved = True
+        if len(answer) > 8:
+            hold.would_refuse = tuple(
+                (hold.limited[number - 1][0].layer, METERS[meter - 1])
+                for number, meter in zip(answer[8::2], answer[9::2], strict=True)
+            )
+        self._open[hold.id] = hold
+        return hold
+
+    def _lose(
+        self,
+        steps: Sequence[Sequence[Any]],
+        asked: Sequence[tuple[asyncio.Future[Hold | Refusal], Hold]],
+        error: Unavailable,
+    ) -> None:
+        """Nobody knows whether these steps were made: owe them, take placings back, and decide those alone."""
+        self._part(error)
+        for step in steps:
+            self._owed.append((_RELEASE, step[1]) if step[0] == _PLACE else step)
+        for future, hold in asked:
+            if not future.done():
+                future.set_result(self._place_alone(hold))
+
+    def _prepare(self, subjects: Sequence[Limited]) -> tuple[Sequence[Limited], Sequence[Limited], msgspec.Raw]:
+        """The subjects, those that have limits, and those as limits.lua reads them; made once for a sequence."""
+        limited = tuple(pair for pair in subjects if pair[1].is_limited)
+        if len(self._prepared) >= _MOST_PREPARED:
+            self._prepared.clear()
+        # The sequence is kept as well, so that no other can have its id.
+        known = self._prepared[id(subjects)] = (subjects, limited, _wire(limited))
+        return known
+
+    # Alone
+
+    def _part(self, error: Unavailable) -> None:
+        """Decide alone from here on."""
         if self._is_alone:
-            self._is_alone = False
-            log.warning("limits are decided in Valkey again")
+            return
+        self._is_alone = True
+        self._parted.set()
+        log.warning("limits are decided by this process alone until Valkey is back: %s", error)
+        if self._alone is None:
+            self._alone = Book(self._sharers)
+            for hold in self._open.values():
+                self._know_subjects(self._alone, hold)
+                self._alone.adopt(hold)
+
+    def _place_alone(self, hold: Hold) -> Hold | Refusal:
+        assert self._alone is not None
+        self._know_subjects(self._alone, hold)
+        answer = self._alone.place(hold.id, hold.limited, hold.tokens, hold.spend, hold.at_ms, hold.reservation)
+        if isinstance(answer, Hold):
+            answer.is_alone = True
+            self._open[answer.id] = answer
+        return answer
+
+    def _know_subjects(self, book: Book, hold: Hold) -> None:
+        """Let the book begin with what Valkey last said of a hold's subjects."""
+        names = [subject.name for subject, _ in hold.limited]
+        if hold.reservation is not None:
+            names.append(hold.reservation.name)
+        for name in names:
+            if not book.knows(name):
+                packed = self._seen.get(name.encode())
+                known = _unpack(packed)[:CONCURRENCY] if packed else no_amounts()
+                # Lua packs an empty map as an empty list.
+                book.know(name, cast(Amounts, tuple(dict[int, int](amounts or ()) for amounts in known)))
+
+    def _count(self, into: dict[str, tuple[int, Amounts]], hold: Hold) -> None:
+        """Add what an ended hold used to the amounts of its subjects."""
+        buckets = hold.buckets()
+        used = (1, 0, 0, 0) if hold.is_reserved else (1, hold.used_tokens, hold.used_tokens, hold.used_spend)
+        for subject, limits in hold.limited:
+            _, amounts = into.setdefault(subject.name, (_ttl_ms(limits), no_amounts()))
+            for meter, limit in enumerate(limits.in_order()[:CONCURRENCY]):
+                if limit is not None and used[meter]:
+                    add_to(amounts[meter], buckets[meter], used[meter])
+        if hold.is_reserved and hold.reservation is not None:
+            _, amounts = into.setdefault(hold.reservation.name, (_MINUTE_TTL_MS, no_amounts()))
+            add_to(amounts[MINUTE_TOKENS], buckets[MINUTE_TOKENS], hold.used_tokens)
 
 
-def _allowance(reply: Sequence[int], first: int) -> Allowance | None:
-    limit, remaining, reset_ms = reply[first : first + 3]
-    return None if limit < 0 else Allowance(limit, remaining, reset_ms)
+def _wire(limited: Sequence[Limited]) -> msgspec.Raw:
+    """Subjects as limits.lua reads them: packed in a text, which Lua keeps as it is in the holds' records."""
+    packed = _pack(
+        [
+            (
+                subject.name,
+                _ttl_ms(limits),
+                *(-1 if limit is None else limit for limit in limits.in_order()),
+                sum(1 << meter for meter, name in enumerate(METERS) if name in limits.dry_run),
+            )
+            for subject, limits in limited
+        ]
+    )
+    # As a text of MessagePack; bytes are a type that Lua's reader does not know.
+    return msgspec.Raw(b"\xdb" + len(packed).to_bytes(4, "big") + packed)
+
+
+def _ttl_ms(limits: LayerLimits) -> int:
+    """How long the amounts held against these limits are kept."""
+    return max(ttl_ms for limit, ttl_ms in zip(limits.in_order(), _TTL_MS, strict=True) if limit is not None)
+
+
+def _refused(hold: Hold, answer: Sequence[int]) -> Refusal:
+    _, number, meter, limit, used, asked, wait_ms = answer[:7]
+    return refuse(
+        hold.limited[number - 1][0].layer,
+        meter - 1,
+        limit=limit,
+        used=used,
+        asked=asked,
+        wait_ms=None if wait_ms < 0 else wait_ms,
+        standing=_standing(answer, 7),
+    )
+
+
+def _standing(answer: Sequence[int], first: int) -> Standing:
+    requests = tokens = None
+    if answer[first] >= 0:
+        requests = Allowance(answer[first], answer[first + 1], answer[first + 2])
+    if answer[first + 3] >= 0:
+        tokens = Allowance(answer[first + 3], answer[first + 4], answer[first + 5])
+    return Standing(requests, tokens)
+
+
+def _chunks(
+    items: Iterable[tuple[str, tuple[int, Amounts]]],
+) -> Iterator[tuple[tuple[str, tuple[int, Amounts]], ...]]:
+    rest = iter(items)
+    while some := tuple(islice(rest, _SUBJECTS_AT_ONCE)):
+        yield some

@@ -15,6 +15,7 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, cast
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -121,6 +122,19 @@ class Script:
 # Its own annotation says a tuple of one.
 _pack: Callable[[Sequence[Argument]], bytes] = cast(Any, hiredis).pack_command
 
+OnReply = Callable[[Any], None]
+
+
+def pack_but_last(*command: Argument) -> bytes:
+    """A command as it is written, up to its last argument, which `pack_last` adds: for commands that begin alike."""
+    count, rest = len(command), _pack(command).partition(b"\r\n")[2]
+    return b"*%d\r\n%b" % (count + 1, rest)
+
+
+def pack_last(begun: bytes, argument: bytes) -> bytes:
+    """The whole command."""
+    return b"%b$%d\r\n%b\r\n" % (begun, len(argument), argument)
+
 
 class _Connection(asyncio.Protocol):
     """One connection's life: commands out, replies in order, until it is lost for whatever reason."""
@@ -131,32 +145,41 @@ class _Connection(asyncio.Protocol):
         self._on_write = on_write
         self._on_lost = on_lost
         self._reader = hiredis.Reader()
-        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
+        self._waiting: deque[tuple[OnReply, float]] = deque()
         self._outgoing: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         self._watchdog: asyncio.TimerHandle | None = None
-        self._late: asyncio.Future[Any] | None = None
+        self._late: tuple[OnReply, float] | None = None
         self._lost: Unavailable | None = None
         self.ended = asyncio.Event()
 
     def send(self, command: Sequence[Argument]) -> asyncio.Future[Any]:
         """Queue a command for this turn's write; its reply comes by the deadline or not at all. Raises Unavailable."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self._expect(partial(_resolve, future))
+        if not self._outgoing:
+            self._loop.call_soon(self._write)
+        self._outgoing.append(_pack(command))
+        return future
+
+    def post(self, command: bytes, on_reply: OnReply) -> None:
+        """Write a command now, behind those that are queued. Raises Unavailable."""
+        self._expect(on_reply)
+        self._outgoing.append(command)
+        self._write()
+
+    def _expect(self, on_reply: OnReply) -> None:
         if self._lost is not None:
             raise Unavailable(self._lost.message)
         if len(self._waiting) >= MOST_WAITING:
             raise Unavailable(f"Valkey has {MOST_WAITING} commands to answer already.")
-        future: asyncio.Future[Any] = self._loop.create_future()
         due_at = self._loop.time() + self._deadline_s
-        self._waiting.append((future, due_at))
-        if not self._outgoing:
-            self._loop.call_soon(self._write)
-        self._outgoing.append(_pack(command))
+        self._waiting.append((on_reply, due_at))
         if self._watchdog is None:
             self._watchdog = self._loop.call_at(due_at, self._watch)
-        return future
 
     def _write(self) -> None:
-        if self._transport is not None and self._lost is None:
+        if self._outgoing and self._transport is not None and self._lost is None:
             self._transport.write(b"".join(self._outgoing))
             self._on_write()
         self._outgoing.clear()
@@ -166,14 +189,14 @@ class _Connection(asyncio.Protocol):
         self._watchdog = None
         if not self._waiting:
             return
-        future, due_at = self._waiting[0]
-        if due_at > self._loop.time():
-            self._watchdog = self._loop.call_at(due_at, self._watch)
-        elif self._late is future:
+        oldest = self._waiting[0]
+        if oldest[1] > self._loop.time():
+            self._watchdog = self._loop.call_at(oldest[1], self._watch)
+        elif self._late is oldest:
             self.lose(f"Valkey did not answer within {self._deadline_s:g} s.")
         else:
             # Perhaps it was this process that stood still, and the reply is there but was not read yet.
-            self._late = future
+            self._late = oldest
             self._watchdog = self._loop.call_later(SECOND_LOOK_S, self._watch)
 
     def lose(self, reason: str) -> None:
@@ -186,9 +209,8 @@ class _Connection(asyncio.Protocol):
             if self._watchdog is not None:
                 self._watchdog.cancel()
             while self._waiting:
-                future, _ = self._waiting.popleft()
-                if not future.done():
-                    future.set_exception(Unavailable(reason))
+                on_reply, _ = self._waiting.popleft()
+                on_reply(Unavailable(reason))
             self.ended.set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -206,19 +228,24 @@ class _Connection(asyncio.Protocol):
                 if not waiting:
                     self.lose("Valkey answered what nobody had asked.")
                     return
-                future, _ = waiting.popleft()
+                on_reply, _ = waiting.popleft()
+                on_reply(reply)
                 if isinstance(reply, hiredis.ReplyError):
                     word = str(reply).partition(" ")[0]
-                    if not future.done():
-                        future.set_exception(reply)
                     if word in _WRONG_SERVER:
                         self.lose(f"This Valkey server says {word}.")
                         return
-                elif not future.done():
-                    # A future that is done belongs to a caller that went away; its reply is read all the same.
-                    future.set_result(reply)
         except hiredis.ProtocolError:
             self.lose("Valkey sent what is not its protocol.")
+
+
+def _resolve(future: asyncio.Future[Any], reply: Any) -> None:
+    # A future that is done belongs to a caller that went away; its reply is read all the same.
+    if not future.done():
+        if isinstance(reply, Exception):
+            future.set_exception(reply)
+        else:
+            future.set_result(reply)
 
 
 class PipelinedRedis:
@@ -317,12 +344,21 @@ class PipelinedRedis:
             raise Unavailable("There is no connection to Valkey at the moment.")
         return self._connection.send(command)
 
+    def post(self, command: bytes, on_reply: OnReply) -> None:
+        """Write a packed command now and have `on_reply` called once: with its reply, or the exception in its place.
+
+        For those who gather commands of their own and need no future for each. `on_reply` must not raise.
+        """
+        if self._connection is None:
+            raise Unavailable("There is no connection to Valkey at the moment.")
+        self._connection.post(command, on_reply)
+
     async def execute(self, *command: Argument) -> Any:
         """One command's reply. Raises Unavailable; InvariantViolated where the server calls the command wrong."""
         try:
             return await self.send(*command)
         except hiredis.ReplyError as error:
-            raise _translated(error) from error
+            raise translated(error) from error
 
     async def evaluate(self, script: Script, keys: Sequence[Argument], arguments: Sequence[Argument]) -> Any:
         """A script's reply, by its SHA; a server that does not know it (yet, or after a restart) is sent the source."""
@@ -330,11 +366,12 @@ class PipelinedRedis:
             return await self.send("EVALSHA", script.sha, len(keys), *keys, *arguments)
         except hiredis.ReplyError as error:
             if not str(error).startswith("NOSCRIPT"):
-                raise _translated(error) from error
+                raise translated(error) from error
         return await self.execute("EVAL", script.source, len(keys), *keys, *arguments)
 
 
-def _translated(error: hiredis.ReplyError) -> Unavailable | InvariantViolated:
+def translated(error: hiredis.ReplyError) -> Unavailable | InvariantViolated:
+    """What a server's refusal means to us."""
     text = str(error)
     word = text.partition(" ")[0]
     if word in _PASSING:

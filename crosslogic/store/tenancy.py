@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -114,13 +114,13 @@ class TenancyStore:
     UPDATE_KEY_EXPIRY = "UPDATE keys SET expires_at = $2 WHERE id = $1"
 
     GET_LIMITS = """
-        SELECT requests_per_min, tokens_per_min, tokens_per_day, concurrency, monthly_spend_microdollars
+        SELECT requests_per_min, tokens_per_min, tokens_per_day, concurrency, monthly_spend_microdollars, dry_run
         FROM limits WHERE layer = $1 AND subject_id = $2
     """
     SET_LIMITS = """
         INSERT INTO limits AS known (layer, subject_id, requests_per_min, tokens_per_min, tokens_per_day, concurrency,
-                                     monthly_spend_microdollars)
-        VALUES ($1, $2, $3, $4, $5, $6, $7)
+                                     monthly_spend_microdollars, dry_run)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, coalesce($9::text[], '{}'))
         ON CONFLICT (layer, subject_id) DO UPDATE SET
             requests_per_min = CASE WHEN 'requests_per_min' = ANY($8::text[])
                 THEN excluded.requests_per_min ELSE known.requests_per_min END,
@@ -131,12 +131,13 @@ class TenancyStore:
             concurrency = CASE WHEN 'concurrency' = ANY($8)
                 THEN excluded.concurrency ELSE known.concurrency END,
             monthly_spend_microdollars = CASE WHEN 'monthly_spend_microdollars' = ANY($8)
-                THEN excluded.monthly_spend_microdollars ELSE known.monthly_spend_microdollars END
-        RETURNING requests_per_min, tokens_per_min, tokens_per_day, concurrency, monthly_spend_microdollars
+                THEN excluded.monthly_spend_microdollars ELSE known.monthly_spend_microdollars END,
+            dry_run = coalesce($9, known.dry_run)
+        RETURNING requests_per_min, tokens_per_min, tokens_per_day, concurrency, monthly_spend_microdollars, dry_run
     """
     COPY_LIMITS = """
-        INSERT INTO limits (layer, subject_id, requests_per_min, tokens_per_min, tokens_per_day, concurrency)
-        SELECT layer, $2, requests_per_min, tokens_per_min, tokens_per_day, concurrency
+        INSERT INTO limits (layer, subject_id, requests_per_min, tokens_per_min, tokens_per_day, concurrency, dry_run)
+        SELECT layer, $2, requests_per_min, tokens_per_min, tokens_per_day, concurrency, dry_run
         FROM limits WHERE layer = 'key' AND subject_id = $1
     """
 
@@ -443,12 +444,20 @@ class TenancyStore:
         """What is set for a subject; all None where nothing is. Raises Rejected 404 for an unknown subject."""
         await self._check_subject(self._pool, layer, subject_id)
         row = await self._pool.fetchrow(self.GET_LIMITS, layer, subject_id)
-        return LimitRow(layer, subject_id, **dict(row or {}))
+        return _limit_row(layer, subject_id, dict(row or {}))
 
     async def set_limits(
-        self, layer: str, subject_id: UUID, changes: Mapping[str, int | None], *, actor: str
+        self,
+        layer: str,
+        subject_id: UUID,
+        changes: Mapping[str, int | None],
+        *,
+        dry_run: Collection[str] | None = None,
+        actor: str,
     ) -> LimitRow:
         """Set the given limits (None: back to the default, -1: none) and keep the others.
+
+        `dry_run` names the limits that only report; None leaves that as it is.
 
         Raises Rejected 404 for an unknown subject, 400 for a spend limit on anything but an org.
         """
@@ -459,7 +468,12 @@ class TenancyStore:
         async with self._pool.acquire() as connection, connection.transaction():
             await self._check_subject(connection, layer, subject_id)
             row = await connection.fetchrow(
-                self.SET_LIMITS, layer, subject_id, *(changes.get(name) for name in LIMITS), list(changes)
+                self.SET_LIMITS,
+                layer,
+                subject_id,
+                *(changes.get(name) for name in LIMITS),
+                list(changes),
+                None if dry_run is None else sorted(dry_run),
             )
             assert row is not None
             kind = {"org": ids.ORG, "environment": ids.ENVIRONMENT, "key": ids.KEY}.get(layer)
@@ -468,9 +482,9 @@ class TenancyStore:
                 actor=actor,
                 action="limits.set",
                 subject=kind.show(subject_id) if kind else layer,
-                details=dict(changes),
+                details=dict(changes) if dry_run is None else {**changes, "dry_run": sorted(dry_run)},
             )
-        return LimitRow(layer, subject_id, **dict(row))
+        return _limit_row(layer, subject_id, dict(row))
 
     async def _check_subject(
         self,
@@ -553,6 +567,12 @@ def _key(row: Mapping[str, Any] | asyncpg.Record) -> Key:
     )
 
 
+def _limit_row(layer: str, subject_id: UUID, row: Mapping[str, Any]) -> LimitRow:
+    return LimitRow(
+        layer, subject_id, **{name: row.get(name) for name in LIMITS}, dry_run=frozenset(row.get("dry_run", ()))
+    )
+
+
 def _principal(row: asyncpg.Record) -> Principal:
     home: str | None = row["home_region"]
     preferences = [home, *row["region_preferences"]] if home else row["region_preferences"]
@@ -572,8 +592,7 @@ def _principal(row: asyncpg.Record) -> Principal:
         allowed_models=None if allowed is None else frozenset(allowed),
         plan=row["plan"],
         limits=tuple(
-            LimitRow(layer, subject, **{name: limits.get(layer, {}).get(name) for name in LIMITS})
-            for layer, subject in zip(LAYERS, subjects, strict=True)
+            _limit_row(layer, subject, limits.get(layer, {})) for layer, subject in zip(LAYERS, subjects, strict=True)
         ),
         is_operator=row["is_operator"],
     )
