@@ -18,6 +18,7 @@ from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.reservations import ReservationStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -40,6 +41,7 @@ class AdminContext:
     catalog: CatalogStore = field(init=False)
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
+    reservations: ReservationStore = field(init=False)
     usage: UsageStore = field(init=False)
     workflows: Workflows = field(init=False)
 
@@ -49,6 +51,7 @@ class AdminContext:
             ("catalog", CatalogStore(self.pool)),
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
+            ("reservations", ReservationStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),
         ):
