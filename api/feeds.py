@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from api.inference.auth import KeyRing, within
@@ -47,6 +48,7 @@ class Feeds:
         self._board = board
         self._table = table
         self._inference = inference
+        self._catalog: Catalog | None = None
         self._seen: dict[str, int] = {}
         self._readers: dict[str, Callable[[], Awaitable[None]]] = {
             "catalog": self._reader(catalog.load, self._take_catalog),
@@ -63,8 +65,14 @@ class Feeds:
         return run
 
     def _take_catalog(self, catalog: Catalog) -> None:
-        self._inference.catalog = catalog
+        self._catalog = self._inference.catalog = catalog
         self._table.set_strategies({name: deployment.strategy for name, deployment in catalog.deployments.items()})
+
+    def turn_reservations(self, now: datetime) -> None:
+        """Begin and end reservations whose hour has come; that needs no server."""
+        catalog = self._catalog
+        if catalog is not None and catalog.changes_at is not None and catalog.changes_at <= now:
+            self._take_catalog(catalog.at(now))
 
     async def poll_once(self) -> None:
         """Read what has moved since the last poll. Raises what the stores raise."""
@@ -90,6 +98,7 @@ class Feeds:
         is_away = False
         full_read_at = loop.time() + FULL_READ_INTERVAL_S
         while True:
+            self.turn_reservations(datetime.now(UTC))
             try:
                 if loop.time() >= full_read_at:
                     self._seen.pop("nodes", None)

@@ -110,6 +110,12 @@ class Settings(BaseSettings):
     ejected_share: float = Field(
         default=0.5, ge=0, le=1, description="At most this share of a pool's nodes (but one) is ejected at once."
     )
+    queue_timeout_s: float = Field(
+        default=5.0, ge=0, le=600, description="How long a request waits for room in a full region before its 429."
+    )
+    queue_requests: int = Field(
+        default=1000, ge=0, le=1_000_000, description="Most requests that wait for one model in one region."
+    )
     max_body_bytes: int = Field(
         default=10_000_000, ge=1_000, le=1_000_000_000, description="Larger bodies are refused with 413."
     )

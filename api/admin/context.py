@@ -19,6 +19,7 @@ from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.requests import RequestStore
+from crosslogic.store.reservations import ReservationStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -41,6 +42,7 @@ class AdminContext:
     catalog: CatalogStore = field(init=False)
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
+    reservations: ReservationStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
     workflows: Workflows = field(init=False)
@@ -51,6 +53,7 @@ class AdminContext:
             ("catalog", CatalogStore(self.pool)),
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
+            ("reservations", ReservationStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),

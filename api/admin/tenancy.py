@@ -89,7 +89,7 @@ async def list_orgs(admin: Admin, state: State | None = None, limit: Limit = 50,
 @router.get("/orgs/{org}")
 async def get_org(org: OrgPath, admin: Admin) -> OrgOut:
     """One org."""
-    return _show_org(await _find_org(admin, org))
+    return _show_org(await find_org(admin, org))
 
 
 @router.patch("/orgs/{org}")
@@ -99,7 +99,7 @@ async def update_org(org: OrgPath, body: OrgChange, admin: Admin) -> OrgOut:
     _refuse_nulls(changes, changes)
     if body.region_preferences is not None:
         changes["region_preferences"] = await _resolve_regions(admin, body.region_preferences)
-    found = await _find_org(admin, org)
+    found = await find_org(admin, org)
     return _show_org(await admin.tenancy.update_org(found.id, changes, actor=ACTOR))
 
 
@@ -144,7 +144,7 @@ async def create_environment(body: EnvironmentIn, admin: Admin, response: Respon
     catalog = await admin.catalog.load()
     region = None if body.home_region is None else catalog.regions.resolve(body.home_region)
     models = None if body.allowed_models is None else _resolve_models(catalog, body.allowed_models)
-    org = await _find_org(admin, body.org, param="org")
+    org = await find_org(admin, body.org, param="org")
     environment, is_new = await admin.tenancy.create_environment(
         new_id(), org.id, body.name, home_region=region, allowed_models=models, actor=ACTOR
     )
@@ -164,7 +164,7 @@ async def list_environments(
     after: After = None,
 ) -> Page[EnvironmentOut]:
     """Environments, oldest first."""
-    org_id = None if org is None else (await _find_org(admin, org, param="org")).id
+    org_id = None if org is None else (await find_org(admin, org, param="org")).id
     rows = await admin.tenancy.list_environments(
         after=after_uuid(ids.ENVIRONMENT, after), org_id=org_id, name=name, limit=limit + 1
     )
@@ -280,7 +280,7 @@ async def list_keys(
     """Keys, oldest first."""
     rows = await admin.tenancy.list_keys(
         after=after_uuid(ids.KEY, after),
-        org_id=None if org is None else (await _find_org(admin, org, param="org")).id,
+        org_id=None if org is None else (await find_org(admin, org, param="org")).id,
         environment_id=after_uuid(ids.ENVIRONMENT, environment_id),
         limit=limit + 1,
     )
@@ -398,7 +398,7 @@ async def set_limits(layer: Layer, subject_id: SubjectPath, body: LimitsIn, admi
 # Helpers
 
 
-async def _find_org(admin: Admin, shown: str, param: str | None = None) -> Org:
+async def find_org(admin: Admin, shown: str, param: str | None = None) -> Org:
     """By id or name; names have no underscore and ids always do."""
     try:
         if "_" in shown:
@@ -414,7 +414,7 @@ async def _find_environment(admin: Admin, body: KeyIn) -> Environment:
         return await admin.tenancy.get_environment(ids.ENVIRONMENT.parse(body.environment_id))
     if body.environment_id is not None or body.org is None or body.environment is None:
         raise Rejected("Give either environment_id, or both org and environment.", code="which_environment")
-    org = await _find_org(admin, body.org, param="org")
+    org = await find_org(admin, body.org, param="org")
     found = await admin.tenancy.list_environments(org_id=org.id, name=body.environment, limit=1)
     if not found:
         raise Rejected(
@@ -432,7 +432,7 @@ async def _subject(admin: Admin, layer: str, shown: str) -> UUID:
             raise Rejected("The global layer has one subject: all.", code="invalid_id", param="subject_id")
         return GLOBAL_SUBJECT
     if layer == "org":
-        return (await _find_org(admin, shown)).id
+        return (await find_org(admin, shown)).id
     return (ids.KEY if layer == "key" else ids.ENVIRONMENT).parse(shown)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from crosslogic.domain.deployment import RegionTarget
 from crosslogic.domain.regions import RegionMap
+from crosslogic.domain.reservation import Holder, Reservation, active, next_change, units_by_pool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +57,30 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """One consistent reading of the catalog. `by_alias` knows every model's name too."""
+    """One consistent reading of the catalog. `by_alias` knows every model's name too.
+
+    `reservations` (each org's sum) and `reserved_units` are those of an instant, and hold until `changes_at`; `booked`
+    are all that have not ended by then.
+    """
 
     models: Mapping[str, Model]
     by_alias: Mapping[str, str]
     regions: RegionMap
     deployments: Mapping[str, Deployment]
+    reservations: Mapping[Holder, Reservation] = field(default_factory=dict[Holder, Reservation])
+    reserved_units: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    booked: tuple[Reservation, ...] = ()
+    changes_at: datetime | None = None
 
     @classmethod
-    def of(cls, models: Iterable[Model], regions: RegionMap, deployments: Iterable[Deployment]) -> Catalog:
-        """Build the catalog; a model's name wins over another model's alias."""
+    def of(
+        cls,
+        models: Iterable[Model],
+        regions: RegionMap,
+        deployments: Iterable[Deployment],
+        booked: Iterable[Reservation] = (),
+    ) -> Catalog:
+        """Build the catalog, with no reservation active yet; a model's name wins over another model's alias."""
         known = {model.name: model for model in models}
         aliases = {alias: model.name for model in known.values() for alias in model.aliases}
         return cls(
@@ -72,6 +88,17 @@ class Catalog:
             by_alias=aliases | {name: name for name in known},
             regions=regions,
             deployments={deployment.name: deployment for deployment in deployments},
+            booked=tuple(booked),
+        )
+
+    def at(self, now: datetime) -> Catalog:
+        """The same reading with the reservations of this instant."""
+        held = active(self.booked, now)
+        return replace(
+            self,
+            reservations=held,
+            reserved_units=units_by_pool(held.values()),
+            changes_at=next_change(self.booked, now),
         )
 
     def resolve_model(self, name: str) -> Model | None:

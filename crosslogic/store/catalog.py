@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -13,6 +14,7 @@ from crosslogic.domain.deployment import RegionTarget
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
 from crosslogic.store.audit import AuditStore
+from crosslogic.store.reservations import ReservationStore
 
 
 class CatalogStore:
@@ -65,12 +67,13 @@ class CatalogStore:
         self._pool = pool
 
     async def load(self) -> Catalog:
-        """One consistent reading of everything."""
+        """One consistent reading of everything, with the reservations of this moment."""
         async with self._pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
             models = await connection.fetch(self.SELECT_MODELS)
             regions = await connection.fetch(self.SELECT_REGIONS)
             deployments = await connection.fetch(self.SELECT_DEPLOYMENTS)
             targets = await connection.fetch(self.SELECT_TARGETS)
+            booked = await ReservationStore.booked(connection)
         by_deployment: dict[str, list[RegionTarget]] = {}
         for row in targets:
             by_deployment.setdefault(row["deployment"], []).append(_target(row))
@@ -104,7 +107,8 @@ class CatalogStore:
                 Deployment(row["name"], row["model"], row["strategy"], tuple(by_deployment.get(row["name"], ())))
                 for row in deployments
             ],
-        )
+            booked=booked,
+        ).at(datetime.now(UTC))
 
     async def put_deployment(
         self, name: str, *, model: str, strategy: str | None, regions: Sequence[RegionTarget], actor: str
