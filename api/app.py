@@ -19,11 +19,13 @@ from api import admin, error_handlers, scraping
 from api.admin.context import AdminContext
 from api.feeds import Feeds
 from api.inference import metering, openapi
+from api.inference.admission import Admission
 from api.inference.auth import KeyRing, within
 from api.inference.limits import Limits
 from api.inference.metering import Shipper, UsageLog
 from api.inference.observing import Observer
-from api.inference.proxy import Deadlines, Relay
+from api.inference.proxy import Relay
+from api.inference.relayed import Deadlines
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
 from api.inference.tracing import Tracer
@@ -99,9 +101,17 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         first_byte_s=settings.first_byte_timeout_s,
         idle_s=settings.idle_timeout_s,
         total_s=settings.total_timeout_s,
-        hold_s=settings.hold_timeout_s,
     )
-    relay = Relay(table, usage_log, limits, observer, deadlines)
+    admission = Admission(
+        table,
+        queue_s=settings.queue_timeout_s,
+        queue_most=settings.queue_requests,
+        hold_s=settings.hold_timeout_s,
+        full_load_s=settings.full_load_s,
+        processes=lambda: book.sharers,
+    )
+    relay = Relay(table, admission, usage_log, limits, observer, deadlines, settings.hold_timeout_s)
+    tracer = Tracer(sender.send if sender else None, settings.trace_sample_share, settings.trace_asked_per_s)
     keys = KeyRing(TenancyStore(pool).find_principals, _now, is_demo_allowed=settings.is_dev)
     usage = UsageStore(pool)
     inference = Inference(
@@ -113,6 +123,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         observer=observer,
         read_usage=lambda principal, options: summarize(usage, principal, options, _now()),
         max_body_bytes=settings.max_body_bytes,
+        tracer=tracer,
     )
     feeds = Feeds(
         changes=ChangeStore(pool),
@@ -125,7 +136,6 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
-    app.state.tracer = Tracer(sender.send if sender else None, settings.trace_sample_share, settings.trace_asked_per_s)
     app.state.observe = partial(_observe, observer, table, relay, usage_log, book)
     door = await scraping.listen(settings, app.state.observe)
     app.state.is_ready = lambda: feeds.is_ready

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
+from api.inference.router import Pool, RouteTable
 from api.inference.upstream import ClientGone
 from crosslogic.domain.catalog import Catalog
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
@@ -28,67 +29,6 @@ USUAL_LEAD_TIME_S = 60.0
 LOOK_INTERVAL_S = 0.1
 # What nobody can foretell further than that.
 LONGEST_RETRY_AFTER_S = 60.0
-
-
-class Pool(Protocol):
-    """The nodes of one model in one region, as the route table keeps them.
-
-    `tokens_in_flight` are this process's; `capacity_tokens` is the whole pool's, 0 where no bound is known. `lost_at`
-    is when the last routable node went, None while there are some or never were. `on_room` is called when a request has
-    ended or a node has come.
-    """
-
-    on_room: Callable[[], None] | None
-
-    @property
-    def tokens_in_flight(self) -> int:
-        """Held by running requests."""
-        ...
-
-    @property
-    def capacity_tokens(self) -> int:
-        """What may be in flight."""
-        ...
-
-    @property
-    def routable_count(self) -> int:
-        """Nodes where a request may be started, at worst as the last resort."""
-        ...
-
-    @property
-    def lost_at(self) -> float | None:
-        """On the loop's clock."""
-        ...
-
-    @property
-    def nodes(self) -> Sequence[Any]:
-        """Those that are eligible now."""
-        ...
-
-    @property
-    def out(self) -> Sequence[Any]:
-        """Those that are left out for now."""
-        ...
-
-
-class Table(Protocol):
-    """What admission asks the route table."""
-
-    def pool(self, model: str, region: str) -> Pool | None:
-        """The nodes of a model in a region; None where none was ever known."""
-        ...
-
-    def is_any_on_the_way(self, model: str, regions: Sequence[str]) -> bool:
-        """Will a node of the model be there soon in one of the regions?"""
-        ...
-
-    def is_any_routable(self, model: str, regions: Sequence[str]) -> bool:
-        """Is a node of the model routable in one of the regions?"""
-        ...
-
-    async def next_change(self) -> None:
-        """Wait until an entry has changed."""
-        ...
 
 
 class Asked:
@@ -355,7 +295,7 @@ class Admission:
 
     def __init__(
         self,
-        table: Table,
+        table: RouteTable,
         *,
         queue_s: float,
         queue_most: int,
@@ -613,7 +553,7 @@ class Admission:
             waiter.end(error)
 
     def _give_up(self, asked: Asked, gate: _Gate, is_reserved: bool) -> Place:
-        """At the end of the patience: reserved requests are never shed while there is a node. Raises as `enter` does."""
+        """At the end of the patience: what is reserved is never shed while there is a node. Raises as `enter` does."""
         pool = gate.routable()
         if is_reserved and pool is not None:
             return Place(asked, gate, pool, True)

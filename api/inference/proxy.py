@@ -12,11 +12,11 @@ import contextlib
 import logging
 import re
 import time
-from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
 
+from api.inference.admission import Admission, Asked
 from api.inference.calls import BYTES_PER_TOKEN
 from api.inference.continuation import ExtendedAnswer, RepeatedAnswer, Way, body_for, way_for
 from api.inference.counting import count_tokens
@@ -24,11 +24,14 @@ from api.inference.events import DONE, EventStream, answer_bytes, usage_tokens
 from api.inference.limits import Limits
 from api.inference.metering import UsageLog
 from api.inference.observing import Observer
-from api.inference.relayed import Relayed
+from api.inference.relayed import Deadlines, Relayed, Tried
 from api.inference.router import Node, RouteTable
+from api.inference.tracing import Try
 from api.inference.upstream import ClientGone, Connection, FailureKind, NodeFailure
-from crosslogic.domain.catalog import Catalog
+from crosslogic.domain.affinity import prefix_blocks
+from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
+from crosslogic.domain.scheduling import Choice
 from crosslogic.domain.usage import Outcome, Progress
 
 log = logging.getLogger("crosslogic.relay")
@@ -44,6 +47,10 @@ PROGRESS_INTERVAL_S = 0.5
 SLOWEST_TOKENS_PER_S = 10
 # After `[DONE]`: how long an engine may take to end its answer before its connection is given up.
 LAST_WORDS_S = 0.1
+# Prompt tokens that cost a node about as much as making one: reading is that much faster.
+PROMPT_TOKENS_PER_WORK = 10
+# How much one more answer changes what the usual one is.
+USUAL_SHARE = 0.05
 # Where nobody has measured it yet: how long a node takes to come up, told as Retry-After.
 USUAL_LEAD_TIME_S = 60
 
@@ -64,17 +71,6 @@ _ADDRESS = re.compile(
     r"|[\w.@+-]+\.(?:gguf|safetensors)\b"
 )
 LONGEST_SHOWN_MESSAGE = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """In seconds: to connect, to the first byte, between two chunks, for the whole request, and on hold for a node."""
-
-    connect_s: float
-    first_byte_s: float
-    idle_s: float
-    total_s: float
-    hold_s: float
 
 
 class _Unextendable(NodeFailure):
@@ -106,22 +102,41 @@ class Relay:
     """Runs admitted calls on nodes."""
 
     def __init__(
-        self, table: RouteTable, usage_log: UsageLog, limits: Limits, observer: Observer, deadlines: Deadlines
+        self,
+        table: RouteTable,
+        admission: Admission,
+        usage_log: UsageLog,
+        limits: Limits,
+        observer: Observer,
+        deadlines: Deadlines,
+        hold_s: float,
     ) -> None:
         self._table = table
+        self._admission = admission
         self._usage_log = usage_log
         self._limits = limits
         self._observer = observer
         self._deadlines = deadlines
+        self._hold_s = hold_s
+        self._deadlines_of: dict[str, Deadlines] = {}
+        # How long answers have been, by model: what another will probably be.
+        self._usual_tokens: dict[str, float] = {}
         self._loop = asyncio.get_running_loop()
         self._budget = RetryBudget(self._loop.time())
         self._streams: set[Relayed] = set()
-        self.catalog: Catalog | None = None
+
+    def take_catalog(self, catalog: Catalog) -> None:
+        """A new reading: what models have deadlines of their own."""
+        self._admission.catalog = catalog
+        self._deadlines_of = {name: _own_deadlines(model, self._deadlines) for name, model in catalog.models.items()}
 
     async def run(self, relayed: Relayed) -> None:
         """Answer an admitted call. Errors before the first byte are raised, with the call settled; later are sent."""
         self._budget.earn()
-        relayed.deadline_at = relayed.started_at + self._deadlines.total_s
+        deadlines = self._deadlines_of.get(relayed.model.name, self._deadlines)
+        relayed.deadlines = deadlines
+        relayed.deadline_at = relayed.started_at + deadlines.total_s
+        relayed.work_tokens = self._expected_work(relayed)
         try:
             relayed.watch()
             await self._relay(relayed)
@@ -143,7 +158,19 @@ class Relay:
             raise
         finally:
             self._streams.discard(relayed)
+            if relayed.place is not None:
+                relayed.place.leave()
             self._finish(relayed)
+
+    def _expected_work(self, relayed: Relayed) -> int:
+        """Tokens that the answer will keep a node busy with; a prompt is read faster than an answer is made."""
+        call = relayed.call
+        work = call.estimated_prompt_tokens // PROMPT_TOKENS_PER_WORK
+        if call.kind != "embedding":
+            limit = call.completion_limit(relayed.model)
+            usual = self._usual_tokens.get(relayed.model.name)
+            work += call.choices * (limit if usual is None or usual > limit else int(usual))
+        return work + 1
 
     async def _charge_gone(self, relayed: Relayed) -> None:
         """A client that hung up pays the prompt and what it got: as the engine said, else as its tokenizer counts."""
@@ -163,7 +190,12 @@ class Relay:
                 self._usage_log.settle(record)
             except OSError as error:
                 log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
-        self._observer.finished(record)
+        self._observer.finished(record, is_reserved=relayed.hold.is_reserved)
+        if relayed.trace is not None and relayed.trace.is_sampled:
+            relayed.trace.finish(record, _tries_of(relayed))
+        if record.outcome is Outcome.COMPLETED and record.endpoint_kind != "embedding":
+            usual = self._usual_tokens.get(record.model, float(record.completion_tokens))
+            self._usual_tokens[record.model] = usual + USUAL_SHARE * (record.completion_tokens - usual)
         if record.outcome in OUR_FAILURES:
             self._limits.release(relayed.hold)
         else:
@@ -183,35 +215,41 @@ class Relay:
         suspects: list[Node] = []
         while True:
             try:
-                node = await self._choose(relayed, tried)
-            except Unavailable:
+                choice = await self._next(relayed, tried)
+            except CrossLogicError:
                 if relayed.has_begun:
                     self._cut(relayed)
                     return
                 raise
-            relayed.node = node
-            relayed.tries += 1
-            node.take(relayed.hold.tokens)
+            relayed.choice = choice
+            relayed.node = node = choice.node
+            this = Tried(node, choice, self._loop.time())
+            relayed.tries.append(this)
+            node.take(relayed.work_tokens)
+            if relayed.place is not None:
+                relayed.place.taken()
             try:
                 if relayed.call.is_streamed:
                     await self._stream(relayed, node, body, way)
                 else:
-                    await self._exchange(relayed, node, body)
+                    await self._whole(relayed, node, body)
                 for suspect in suspects:
                     suspect.failed(FailureKind.ERROR, self._loop.time())
                 return
             except NodeFailure as failure:
+                this.failure = failure.kind.value
                 is_late = failure.kind is FailureKind.TOTAL or self._loop.time() >= relayed.deadline_at
                 if not isinstance(failure, _Unextendable):
                     self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
                     tried.append(node)
                 if relayed.has_begun:
                     way = self._way_on(relayed, way, failure, is_late=is_late)
+                    self._observer.continued(way.value)
                     if way is Way.NONE:
                         self._cut(relayed)
                         return
                     if way is Way.FINISH:
-                        await self._end_told(relayed, node)
+                        await self._end_told(relayed, tried)
                         return
                     events = relayed.events
                     assert events is not None
@@ -231,20 +269,88 @@ class Relay:
                         code="nodes_failed",
                         retry_after_s=2,
                     ) from failure
+                self._observer.retried(failure.kind)
             finally:
-                node.give_back(relayed.hold.tokens)
+                this.ended_at = self._loop.time()
+                node.give_back(relayed.work_tokens)
 
-    async def _choose(self, relayed: Relayed, tried: list[Node]) -> Node:
-        choice = self._table.choose_in(relayed.model.name, relayed.plan.candidates, tried, relayed.call.body)
-        if choice is not None:
-            return choice.node
-        if tried and not relayed.has_begun:
-            raise Unavailable(
-                f"No node could answer for {relayed.model.name}; try again shortly.",
-                code="nodes_failed",
-                retry_after_s=2,
-            )
-        return await self._hold_for_node(relayed, tried)
+    async def _next(self, relayed: Relayed, tried: list[Node]) -> Choice[Node]:
+        """The node for the next try: at once where there is room, else when admission finds some.
+
+        Raises what admission raises, and Unavailable where every node was tried before the answer began.
+        """
+        asked: Asked | None = None
+        place = relayed.place
+        if place is not None:
+            place = self._admission.next_region(place, tried)
+            if place is None and not relayed.has_begun:
+                raise Unavailable(
+                    f"No node could answer for {relayed.model.name}; try again shortly.",
+                    code="nodes_failed",
+                    retry_after_s=2,
+                )
+        gone: asyncio.Future[None] | None = None
+        until = self._loop.time() + self._hold_s
+        try:
+            while True:
+                if place is None:
+                    if relayed.place is not None:
+                        relayed.place.leave()
+                        relayed.place = None
+                    asked = asked or Asked(
+                        relayed.principal.org_id,
+                        relayed.model.name,
+                        relayed.plan,
+                        relayed.work_tokens,
+                        relayed.hold.is_reserved,
+                        relayed.deadline_at,
+                    )
+                    place = self._admission.enter_now(asked)
+                if place is None and asked is not None:
+                    if gone is None:
+                        gone = self._watch_for_leaving(relayed)
+                    began = self._loop.time()
+                    place = await self._admission.enter(asked, gone)
+                    self._observer.queued(asked.model, place.region, self._loop.time() - began)
+                assert place is not None
+                relayed.place = place
+                if relayed.marks is not None:
+                    relayed.marks.queued = time.monotonic()
+                blocks = prefix_blocks(relayed.call.body) if place.pool.wants_prefix else ()
+                choice = self._table.choose(place.pool, tried, blocks)
+                if choice is not None:
+                    self._observer.decided(relayed.model.name, place.region, choice.reason, choice.strategy)
+                    if relayed.marks is not None:
+                        relayed.marks.routed = time.monotonic()
+                    return choice
+                # All that is there has failed this answer already: another node may come.
+                place.leave()
+                relayed.place = place = None
+                if gone is None:
+                    gone = self._watch_for_leaving(relayed)
+                change = asyncio.ensure_future(self._table.next_change())
+                left_s = min(until, relayed.deadline_at) - self._loop.time()
+                try:
+                    await asyncio.wait((change, gone), timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    is_changed = change.done()
+                    change.cancel()
+                if gone.done():
+                    raise ClientGone
+                if not is_changed:
+                    raise Unavailable(
+                        f"No other node serves {relayed.model.name} at the moment; try again shortly.",
+                        code="model_unavailable",
+                        retry_after_s=USUAL_LEAD_TIME_S,
+                    )
+        finally:
+            if gone is not None:
+                relayed.wait_with(None)
+
+    def _watch_for_leaving(self, relayed: Relayed) -> asyncio.Future[None]:
+        gone: asyncio.Future[None] = self._loop.create_future()
+        relayed.wait_with(lambda: None if gone.done() else gone.set_result(None))
+        return gone
 
     def _blame(self, relayed: Relayed, node: Node, kind: FailureKind, suspects: list[Node], *, is_late: bool) -> None:
         self._observer.node_failed(relayed.model.name, node.entry.region, kind)
@@ -269,49 +375,10 @@ class Relay:
             return Way.REPEAT
         return way
 
-    async def _hold_for_node(self, relayed: Relayed, tried: list[Node]) -> Node:
-        """Wait for a node that is on its way. Raises Unavailable when none is, or at the end of the patience."""
-        model, regions = relayed.model.name, relayed.plan.candidates
-        until = min(self._loop.time() + self._deadlines.hold_s, relayed.deadline_at)
-        gone = self._loop.create_future()
-        try:
-            relayed.wait_with(lambda: None if gone.done() else gone.set_result(None))
-            while self._is_coming(model, regions):
-                left_s = until - self._loop.time()
-                if left_s <= 0:
-                    break
-                change = asyncio.ensure_future(self._table.next_change())
-                try:
-                    await asyncio.wait((change, gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    change.cancel()
-                if gone.done():
-                    raise ClientGone
-                choice = self._table.choose_in(model, regions, tried, relayed.call.body)
-                if choice is not None:
-                    return choice.node
-            raise Unavailable(
-                f"No node serves {model} in {', '.join(regions)} at the moment; try again when Retry-After has passed.",
-                code="model_unavailable",
-                retry_after_s=USUAL_LEAD_TIME_S,
-            )
-        finally:
-            relayed.wait_with(None)
-
-    def _is_coming(self, model: str, regions: tuple[str, ...]) -> bool:
-        if self._table.is_any_on_the_way(model, regions) or self._table.is_any_routable(model, regions):
-            return True
-        catalog = self.catalog
-        return catalog is not None and any(
-            deployment.model == model
-            and any(target.region in regions and target.replicas_min > 0 for target in deployment.regions)
-            for deployment in catalog.deployments.values()
-        )
-
     async def _connect(self, relayed: Relayed, node: Node) -> Connection:
         """A new connection. Raises NodeFailure(CONNECT), or ClientGone as soon as nobody waits for it."""
         try:
-            async with asyncio.timeout(self._deadlines.connect_s) as patience:
+            async with asyncio.timeout(relayed.deadlines.connect_s) as patience:
                 relayed.wait_with(lambda: patience.reschedule(self._loop.time()))
                 return await node.upstream.connect()
         except (OSError, TimeoutError) as error:
@@ -322,9 +389,10 @@ class Relay:
             relayed.wait_with(None)
 
     def _request(self, relayed: Relayed, node: Node, body: bytes) -> bytes:
-        return node.upstream.request(
-            relayed.call.path.encode(), body, b"X-Request-Id: %b\r\n" % relayed.shown_id.encode()
-        )
+        extra = b"X-Request-Id: %b\r\n" % relayed.shown_id.encode()
+        if relayed.trace is not None:
+            extra += relayed.trace.header_lines(len(relayed.tries))
+        return node.upstream.request(relayed.call.path.encode(), body, extra)
 
     def _check_status(self, status: int) -> None:
         if status in BUSY:
@@ -336,10 +404,10 @@ class Relay:
 
     # Whole answers
 
-    async def _exchange(self, relayed: Relayed, node: Node, body: bytes) -> None:
+    async def _whole(self, relayed: Relayed, node: Node, body: bytes) -> None:
         """A call with one JSON answer."""
         request = self._request(relayed, node, body)
-        patience_s = self._deadlines.first_byte_s
+        patience_s = relayed.deadlines.first_byte_s
         if relayed.call.kind != "embedding":
             patience_s += relayed.call.completion_limit(relayed.model) / SLOWEST_TOKENS_PER_S
         connection = node.upstream.idle()
@@ -423,7 +491,7 @@ class Relay:
             connection = None
 
     async def _pour(self, relayed: Relayed, node: Node, connection: Connection, way: Way) -> None:
-        deadlines = self._deadlines
+        deadlines = relayed.deadlines
         first_at = min(self._loop.time() + deadlines.first_byte_s, relayed.deadline_at)
         late = FailureKind.TOTAL if first_at == relayed.deadline_at else FailureKind.SILENT
         data = await connection.read(first_at, late)
@@ -478,7 +546,7 @@ class Relay:
             return
         relayed.exchange.end(DONE)
 
-    async def _end_told(self, relayed: Relayed, node: Node) -> None:
+    async def _end_told(self, relayed: Relayed, tried: list[Node]) -> None:
         """All was told but the end: say it for the engine that cannot any more."""
         events = relayed.events
         assert events is not None
@@ -494,7 +562,7 @@ class Relay:
             last = {**base, "choices": [{"index": 0, **piece, "finish_reason": "length"}]}
             relayed.exchange.write(b"data: " + _encode(last) + b"\n\n")
         if events.usage is None:
-            other = self._table.choose_in(relayed.model.name, relayed.plan.candidates, [node])
+            other = self._table.choose_in(relayed.model.name, relayed.plan.candidates, tried)
             text = "".join(told.text(channel) for channel in told.texts)
             counts = None if other is None else await count_tokens(other.node.upstream, relayed.call, text)
             prompt, completion = counts or (relayed.intent.estimated_prompt_tokens, told.tokens)
@@ -554,6 +622,36 @@ class Relay:
     def streams(self) -> int:
         """How many streams are being relayed."""
         return len(self._streams)
+
+
+def _own_deadlines(model: Model, usual: Deadlines) -> Deadlines:
+    """A model's own deadlines, and the usual ones where it has none."""
+    own = model.deadlines
+
+    def seconds(own_ms: int | None, usual_s: float) -> float:
+        return usual_s if own_ms is None else own_ms / 1000
+
+    return Deadlines(
+        connect_s=seconds(own.connect_timeout_ms, usual.connect_s),
+        first_byte_s=seconds(own.first_token_timeout_ms, usual.first_byte_s),
+        idle_s=seconds(own.idle_timeout_ms, usual.idle_s),
+        total_s=seconds(own.total_timeout_ms, usual.total_s),
+    )
+
+
+def _tries_of(relayed: Relayed) -> list[Try]:
+    return [
+        Try(
+            tried.node.entry.node_id,
+            tried.node.entry.region,
+            tried.started_at,
+            tried.first_at,
+            tried.ended_at,
+            tried.failure,
+            tried.choice.reason,
+        )
+        for tried in relayed.tries
+    ]
 
 
 def now_ms() -> int:

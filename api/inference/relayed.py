@@ -4,19 +4,51 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from uuid import UUID
 
+from api.inference.admission import Place
 from api.inference.calls import BYTES_PER_TOKEN, Call
 from api.inference.events import EventStream
 from api.inference.limits import Hold
 from api.inference.router import Node
 from api.inference.server import Exchange
+from api.inference.tracing import Marks, Trace, server_timing
 from api.inference.upstream import ClientGone, Connection, FailureKind
 from crosslogic.domain.catalog import Model
 from crosslogic.domain.regions import RegionPlan
+from crosslogic.domain.scheduling import Choice
+from crosslogic.domain.tenancy import Principal
 from crosslogic.domain.usage import Intent, Outcome, TokenSource, UsageRecord, list_price_microdollars
 
 _EVENT_STREAM = b"text/event-stream; charset=utf-8\r\ncache-control: no-cache"
+
+
+@dataclass(slots=True)
+class Deadlines:
+    """In seconds: to connect, to the first token, between two chunks, and for the whole request."""
+
+    connect_s: float
+    first_byte_s: float
+    idle_s: float
+    total_s: float
+
+
+NO_DEADLINES = Deadlines(0.0, 0.0, 0.0, 0.0)
+
+
+class Tried:
+    """One try of a node. Times are the loop's; `failure` is "" unless the node failed."""
+
+    __slots__ = ("choice", "ended_at", "failure", "first_at", "node", "started_at")
+
+    def __init__(self, node: Node, choice: Choice[Node], started_at: float) -> None:
+        self.node = node
+        self.choice = choice
+        self.started_at = started_at
+        self.first_at: float | None = None
+        self.ended_at = started_at
+        self.failure = ""
 
 
 class Relayed:
@@ -28,9 +60,11 @@ class Relayed:
         "_stop_waiting",
         "cached_tokens",
         "call",
+        "choice",
         "completion_tokens",
         "connection",
         "deadline_at",
+        "deadlines",
         "events",
         "exchange",
         "has_begun",
@@ -39,11 +73,14 @@ class Relayed:
         "intent",
         "is_accepted",
         "is_settled",
+        "marks",
         "model",
         "node",
         "on_begin",
         "outcome",
+        "place",
         "plan",
+        "principal",
         "prompt_tokens",
         "reported_tokens",
         "sent_at",
@@ -52,13 +89,16 @@ class Relayed:
         "started_at",
         "status",
         "takeovers",
+        "trace",
         "tries",
         "ttft_s",
+        "work_tokens",
     )
 
     def __init__(
         self,
         exchange: Exchange,
+        principal: Principal,
         id: UUID,
         shown_id: str,
         call: Call,
@@ -70,6 +110,7 @@ class Relayed:
         now: float,
     ) -> None:
         self.exchange = exchange
+        self.principal = principal
         self.id = id
         self.shown_id = shown_id
         self.call = call
@@ -80,14 +121,21 @@ class Relayed:
         self._loop = loop
         self.started_at = now
         self.deadline_at = now
+        self.deadlines = NO_DEADLINES
         self.sent_at = now
         self._idle_s = 0.0
         self.node: Node | None = None
         self.connection: Connection | None = None
         self._stop_waiting: Callable[[], None] | None = None
         self.events: EventStream | None = None
-        self.tries = 0
+        self.place: Place | None = None
+        self.choice: Choice[Node] | None = None
+        self.tries: list[Tried] = []
         self.takeovers = 0
+        # What the answer will keep a node busy with: an expectation, where the hold is a bound.
+        self.work_tokens = 0
+        self.trace: Trace | None = None
+        self.marks: Marks | None = None
         self.has_begun = False
         self.is_accepted = False
         self.is_settled = False
@@ -124,10 +172,17 @@ class Relayed:
     def head(self, content_type: bytes) -> bytes:
         """The answer's header lines; the engine's own never pass."""
         node = self.node
-        lines = b"content-type: %b\r\nx-request-id: %b\r\n" % (content_type, self.shown_id.encode())
-        if node is not None:
-            lines += node.head
-        return lines + self.hold.standing.lines()
+        lines = b"content-type: %b\r\nx-request-id: %b\r\n%b%b" % (
+            content_type,
+            self.shown_id.encode(),
+            b"" if node is None else node.head,
+            self.hold.standing.lines(),
+        )
+        if self.marks is not None:
+            lines += b"server-timing: %b\r\n" % server_timing(self.marks)
+            if self.choice is not None:
+                lines += b"x-crosslogic-decision: %b\r\n" % self.choice.header()
+        return lines
 
     # A stream
 
@@ -167,6 +222,8 @@ class Relayed:
             now = self._loop.time()
             if self.ttft_s is None:
                 self.ttft_s = now - self.started_at
+            if self.tries:
+                self.tries[-1].first_at = now
             if self.node is not None:
                 self.node.first_token(now - self.sent_at, now)
             if self.connection is not None:

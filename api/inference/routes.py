@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
@@ -22,11 +23,14 @@ from api.inference.proxy import Relay, now_ms
 from api.inference.relayed import Relayed
 from api.inference.router import RouteTable
 from api.inference.server import BodyTooLarge, Exchange
+from api.inference.tracing import Marks, Tracer
 from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
-from crosslogic.domain.limits import LimitReached
 from crosslogic.domain.keys import Action, role_allows
+from crosslogic.domain.limits import LimitReached, Reserved
+from crosslogic.domain.regions import RegionPlan
+from crosslogic.domain.reservation import Holder
 from crosslogic.domain.tenancy import Principal
 from crosslogic.domain.usage import Intent, list_price_microdollars
 
@@ -35,6 +39,11 @@ log = logging.getLogger("crosslogic.inference")
 LONGEST_CLIENT_REQUEST_ID = 128
 # What the whole request may take to arrive; slower clients hold memory for nothing.
 BODY_TIMEOUT_S = 60.0
+SECONDS_PER_MINUTE = 60
+# A reservation is counted in buckets of so many seconds: sooner there is no room again.
+RESERVATION_WAIT_S = 5.0
+# Ways to write a region, times ways to prefer some.
+MOST_PLANS = 10_000
 
 ReadUsage = Callable[[Principal, Mapping[str, str]], Awaitable[dict[str, Any]]]
 
@@ -55,6 +64,7 @@ class Inference:
         observer: Observer,
         read_usage: ReadUsage,
         max_body_bytes: int,
+        tracer: Tracer,
     ) -> None:
         self._keys = keys
         self._limits = limits
@@ -64,6 +74,10 @@ class Inference:
         self._observer = observer
         self._read_usage = read_usage
         self._max_body_bytes = max_body_bytes
+        self._tracer = tracer
+        # What is the same for many requests, until the catalog changes.
+        self._plans: dict[tuple[str, tuple[str, ...]], RegionPlan] = {}
+        self._reserved: dict[Holder, Reserved] = {}
         self._loop = asyncio.get_running_loop()
         self._catalog: Catalog | None = None
 
@@ -77,14 +91,19 @@ class Inference:
     @catalog.setter
     def catalog(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._relay.catalog = catalog
+        self._plans = {}
+        self._reserved = {
+            holder: Reserved(held.id, SECONDS_PER_MINUTE * held.capacity_units)
+            for holder, held in catalog.reservations.items()
+        }
+        self._relay.take_catalog(catalog)
 
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one HTTP request whose path starts with `/v1/`. Raises nothing."""
-        started_at = self._loop.time()
+        started, started_at = time.monotonic(), self._loop.time()
         request_id = uuid7(now_ms(), int.from_bytes(os.urandom(10), "big"))
         shown_id = REQUEST.show(request_id)
-        authorization = region = client_request_id = b""
+        authorization = region = client_request_id = traceparent = tracestate = b""
         length = -1
         relayed: Relayed | None = None
         try:
@@ -97,7 +116,16 @@ class Inference:
                     region = value
                 elif name == b"x-request-id":
                     client_request_id = value
+                elif name == b"traceparent":
+                    traceparent = value
+                elif name == b"tracestate":
+                    tracestate = value
+            trace = self._tracer.begin(traceparent, tracestate)
             principal = await self._keys.authenticate(authorization)
+            # Where time went and why is for those who run this, not for tenants.
+            marks = Marks(started) if principal.is_operator else None
+            if marks is not None:
+                marks.authenticated = time.monotonic()
             path = exchange.path
             if path not in PATHS:
                 await self._look_up(path, exchange, principal, shown_id)
@@ -116,6 +144,9 @@ class Inference:
             relayed = await self._admit(
                 exchange, request_id, shown_id, call, model, principal, client_request_id, started_at
             )
+            relayed.trace, relayed.marks = trace, marks
+            if marks is not None:
+                marks.limited = time.monotonic()
             await self._relay.run(relayed)
         except ConnectionError:
             # The client hung up before its request was complete: there is nobody to answer.
@@ -123,6 +154,8 @@ class Inference:
         except CrossLogicError as error:
             if relayed is None:
                 self._observer.refused(getattr(error, "code", "internal"))
+            if isinstance(error, LimitReached):
+                self._observer.hold_refused(error.layer, error.limit)
             self._send_error(error, shown_id, relayed, exchange)
         except Exception as error:
             log.exception("request %s failed by our own fault", shown_id)
@@ -145,9 +178,9 @@ class Inference:
         started_at: float,
     ) -> Relayed:
         """Place the hold, then write the intent: from here on the request leaves exactly one usage record."""
-        regions = self.catalog.regions
-        plan = regions.plan(regions.wish(call.region) if call.region else None, principal.region_preferences)
-        multiplier_bp = regions.regions[plan.home].multiplier_bp
+        catalog = self.catalog
+        plan = self._plan(call.region, principal.region_preferences)
+        multiplier_bp = catalog.regions.regions[plan.home].multiplier_bp
         output_price = model.output_price_e10 or 0
         tokens = call.held_tokens(model)
         spend = list_price_microdollars(
@@ -172,13 +205,36 @@ class Inference:
             output_price_e10=output_price,
             multiplier_bp=multiplier_bp,
         )
-        hold = await self._limits.place(shown_id, principal, tokens, spend)
+        holder = (principal.org_id, model.name, plan.home)
+        reserved = self._reserved.get(holder) if self._reserved else None
+        hold = await self._limits.place(shown_id, principal, tokens, spend, reserved)
+        self._observer.hold_placed()
+        if reserved is not None and not hold.is_reserved and not catalog.reservations[holder].overage:
+            self._limits.release(hold)
+            raise Rejected(
+                f"The reservation for {model.name} in {plan.home} is used up for this minute and allows no overage; "
+                "try again shortly.",
+                status=429,
+                code="reservation_exhausted",
+                retry_after_s=RESERVATION_WAIT_S,
+            )
         try:
             self._usage_log.intend(intent)
         except BaseException:
             self._limits.release(hold)
             raise
-        return Relayed(exchange, request_id, shown_id, call, model, plan, hold, intent, self._loop, started_at)
+        return Relayed(
+            exchange, principal, request_id, shown_id, call, model, plan, hold, intent, self._loop, started_at
+        )
+
+    def _plan(self, region: str, preferences: tuple[str, ...]) -> RegionPlan:
+        plan = self._plans.get((region, preferences))
+        if plan is None:
+            regions = self.catalog.regions
+            plan = regions.plan(regions.wish(region) if region else None, preferences)
+            if len(self._plans) < MOST_PLANS:
+                self._plans[(region, preferences)] = plan
+        return plan
 
     def _resolve(self, call: Call, principal: Principal) -> Model:
         model = self.catalog.resolve_model(call.model)
