@@ -613,7 +613,7 @@ class Admission:
             waiter.end(error)
 
     def _give_up(self, asked: Asked, gate: _Gate, is_reserved: bool) -> Place:
-        """At the end of the patience: reserved requests are never shed while there is a node. Raises as `enter` does."""
+        """At the end of the patience: what is reserved is never shed while there is a node. Raises as `enter` does."""
         pool = gate.routable()
         if is_reserved and pool is not None:
             return Place(asked, gate, pool, True)
