@@ -54,6 +54,7 @@ class _Asked(msgspec.Struct):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None  # What SGLang's router makes of it.
 
 
 _read = msgspec.json.Decoder(_Asked).decode
@@ -210,7 +211,8 @@ class Engine(asyncio.Protocol):
             self._write(script.whole)
             return
         wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        self._wanted = (script, min(asked.max_tokens or ANSWER_TOKENS, LONGEST_STREAM), wants_usage)
+        tokens = asked.max_completion_tokens or asked.max_tokens or ANSWER_TOKENS
+        self._wanted = (script, min(tokens, LONGEST_STREAM), wants_usage)
         self._sent = -1
         self._at = self._loop.time() + PACE_S
         self._timer = self._loop.call_at(self._at, self._step)
