@@ -15,13 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.load import Target
 from bench.processes import BenchError
 from crosslogic import bootstrap
 from crosslogic.bootstrap import ROOT
 
 # The same for all: round robin over the same engines, one worker, no log of requests.
 MODEL = "llama-3-8b"
+
+# Paced streams at a time.
+STREAMS = 64
 
 # What each Python peer's lock is compiled from.
 REQUIREMENTS = {
@@ -49,10 +51,7 @@ class Peer:
     name: str
     title: str
     prepare: Callable[[int, Sequence[str], Path], Start]
-
-    def target(self, port: int, start: Start) -> Target:
-        """Where the load goes."""
-        return Target(port, MODEL, headers=start.headers)
+    streams: int = STREAMS  # Fewer for what falls behind with more.
 
 
 def _installed(name: str) -> Path:
@@ -129,7 +128,7 @@ PEERS = (
     Peer("sglang-router", "sglang-router, round robin", _sglang),
     Peer("vllm-router", "vllm-router, round robin", _vllm),
     Peer("portkey", "Portkey gateway", _portkey),
-    Peer("litellm", "LiteLLM proxy", _litellm),
+    Peer("litellm", "LiteLLM proxy", _litellm, streams=2),
 )
 
 

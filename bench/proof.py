@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import asyncpg
@@ -56,7 +56,17 @@ class Proof:
     counted_tokens: Mapping[str, int]
     holds_left: int
     nodes: int
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """In a few lines of Markdown."""
+        counted = ", ".join(f"{layer} {used:,}" for layer, used in self.counted_tokens.items())
+        lines = [
+            f"Proof that everything was on: {self.answered:,} requests answered, {self.records:,} usage records with "
+            f"{self.tokens:,} tokens; tokens a day by the limits' layers: {counted}; {self.nodes} nodes used, "
+            f"{self.holds_left} holds left."
+        ]
+        return "\n".join([*lines, *(f"NOT PROVEN: {problem}" for problem in self.problems)])
 
 
 def compare(
