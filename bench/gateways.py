@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import gc
 import json
 import math
@@ -11,6 +12,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from bench import measure, report
 from bench.engine import ANSWER_TOKENS
-from bench.load import Bench, Run, Target
+from bench.load import Run, Target
 from bench.measure import Figures, Lengths
 from bench.peers import PEERS, STREAMS
 from bench.processes import BenchError, Cores
@@ -147,8 +147,8 @@ class Gateways:
                 continue
             if math.isnan(self._figures[system.name][-1]["cpu_us_per_event"]):
                 continue
-            figures = self._seen(system, *measure.open_streams(system))
-            figures |= self._seen(system, *measure.idle(system))
+            figures = self._seen(system, *measure.idle(system))
+            figures |= self._seen(system, *measure.open_streams(system))
             self._crowds[system.name] = figures
             _say(f"crowds of {system.name} done")
 
@@ -169,19 +169,18 @@ class Gateways:
     def soak(self, requests: int) -> bool:
         """So many requests to our gateway; whether its memory stayed where it was."""
         system = next(system for system in self._systems if system.name == report.OURS)
-        assert system.program is not None
         sizes: list[tuple[int, float]] = []
         asked = 0
         while asked < requests:
-            run = uvloop.run(Bench(system.target, _nothing, _nothing).closed(measure.CONNECTIONS, 0.0, 5.0))
-            self._seen(system, {}, run)
+            figures, run = measure.soak(system)
+            self._seen(system, figures, run)
             if run.answered == 0:
-                raise BenchError(f"nothing was answered any more: {run.first_failure}")
+                raise BenchError(f"nothing is answered any more: {run.first_failure}")
             steps = asked // measure.SOAK_STEP
             asked += run.answered
             if asked // measure.SOAK_STEP > steps or asked >= requests:
-                sizes.append((asked, system.program.rss_bytes() / 2**20))
-                print(f"{asked:>10,} requests  RSS {sizes[-1][1]:.1f} MiB", flush=True)
+                sizes.append((asked, figures["rss_mib"]))
+                print(f"{asked:>10,} requests  RSS {figures['rss_mib']:.1f} MiB", flush=True)
         warm = [mib for count, mib in sizes if count >= SOAK_WARM_SHARE * requests]
         growth_mib = warm[-1] - warm[0]
         print(f"growth once warm: {growth_mib:+.1f} MiB over {requests:,} requests")
@@ -268,20 +267,25 @@ def machine_line() -> str:
     return f"{told['cpu']}, {told['cores']} cores, Linux {told['kernel']}, Python {told['python']}"
 
 
-def _nothing() -> None:
-    """A window that nobody looks at."""
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _clear(folder: Path) -> None:
-    """An empty folder for this run; the last run's is deleted."""
+def prepare(home: Path) -> Path:
+    """An empty folder for this run; the last run's is deleted. Raises BenchError while another run uses it."""
+    home.mkdir(exist_ok=True)
+    # Held until this process ends, however it ends.
+    descriptor = os.open(home / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BenchError("Another run is under way here; two at once would measure each other.") from error
+    folder = home / "run"
     if folder.exists():
         Postgres(folder / "stack" / "postgres", 0, "").forget()
         shutil.rmtree(folder)
-    folder.mkdir(mode=0o711)
+    folder.mkdir()
+    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -301,15 +305,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_short = given.quick or given.soak > 0
     lengths = measure.QUICK if given.quick else measure.FULL
     gateways: Gateways | None = None
+    # A run that is told to stop stops what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cores = Cores.choose()
-        _clear(STATE)
+        folder = prepare(STATE)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         os.sched_setaffinity(0, (cores.rest,))
         gc.freeze()
         rounds = given.rounds or (2 if given.quick else 5)
-        gateways = Gateways(Bed(STATE, cores), lengths, rounds, with_tls=not (is_short or given.no_tls))
+        gateways = Gateways(Bed(folder, cores), lengths, rounds, with_tls=not (is_short or given.no_tls))
         gateways.start(names)
         is_good = True
         if given.soak:

@@ -141,6 +141,12 @@ def open_streams(running: Running) -> tuple[Figures, Run]:
     return figures, run
 
 
+def soak(running: Running) -> tuple[Figures, Run]:
+    """Some seconds of the closed loop, for what they leave in memory."""
+    run, window = _load(running, lambda bench: bench.closed(CONNECTIONS, 0.0, 5.0))
+    return {"rss_mib": window.rss_mib}, run
+
+
 def background(systems: Sequence[Running], seconds: float = 2.0) -> float:
     """The share of a core that all systems together use while nobody asks them anything."""
     windows = [Window(running) for running in systems]

@@ -91,7 +91,9 @@ def _litellm(port: int, engines: Sequence[str], folder: Path) -> Start:
     ]
     # YAML reads JSON.
     config = folder / "litellm.yaml"
-    config.write_text(json.dumps({"model_list": deployments, "litellm_settings": {"telemetry": False}}))
+    # It would fetch a tokenizer by the model's name from a hub to count what the engine has counted already.
+    settings = {"telemetry": False, "disable_hf_tokenizer_download": True}
+    config.write_text(json.dumps({"model_list": deployments, "litellm_settings": settings}))
     command = [str(_installed("litellm") / "litellm"), "--config", str(config), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--num_workers", "1"]
     key = f"sk-{secrets.token_hex(16)}"

@@ -18,7 +18,8 @@ from crosslogic.domain.ids import encode
 from crosslogic.domain.limits import DAY_TOKENS, SPEND, Subject
 
 SHIPPED_WITHIN_S = 30.0
-_PREFIX: Final = "cic:"
+# The default of CROSSLOGIC_REDIS_PREFIX.
+PREFIX: Final = "cic:"
 
 _SUMS = """
     SELECT count(*) AS records, count(DISTINCT id) AS ids,
@@ -89,7 +90,7 @@ def compare(
     return Proof(sent.answered, sums["records"], tokens, dict(day_tokens), holds_left, sums["nodes"], problems)
 
 
-async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent) -> Proof:
+async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent, prefix: str = PREFIX) -> Proof:
     """Wait until the shipper has shipped, then compare."""
     connection = await asyncpg.connect(database_url)
     redis: Any = aioredis.from_url(redis_url)
@@ -102,10 +103,10 @@ async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent) -
                 break
             await asyncio.sleep(0.2)
         accounts = {
-            layer: read_account(await redis.get(f"{_PREFIX}limits:{Subject(layer, encode(subject)).name}"))
+            layer: read_account(await redis.get(f"{prefix}limits:{Subject(layer, encode(subject)).name}"))
             for layer, subject in seeded.subjects.items()
         }
-        holds = [key async for key in redis.scan_iter(match=f"{_PREFIX}hold:*", count=1000)]
+        holds = [key async for key in redis.scan_iter(match=f"{prefix}hold:*", count=1000)]
         day_tokens = {layer: account[DAY_TOKENS] for layer, account in accounts.items()}
         return compare(sent, dict(row), day_tokens, accounts["org"][SPEND], len(holds))
     finally:

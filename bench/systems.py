@@ -232,6 +232,8 @@ def api_command(port: int, workers: int) -> list[str]:
     """How the API is started, as `./run` does it."""
     command = [sys.executable, "-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "5", "--backlog", "4096"]
+    # As nginx here: connections that are silent for a while are what is measured.
+    command += ["--timeout-keep-alive", "3600"]
     return [*command, "--workers", str(workers)] if workers > 1 else command
 
 
