@@ -267,6 +267,10 @@ def machine_line() -> str:
     return f"{told['cpu']}, {told['cores']} cores, Linux {told['kernel']}, Python {told['python']}"
 
 
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -306,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = measure.QUICK if given.quick else measure.FULL
     gateways: Gateways | None = None
     # A run that is told to stop stops what it has started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _leave)
     try:
         cores = Cores.choose()
         folder = prepare(STATE)

@@ -130,9 +130,14 @@ class Program:
                 self._process.kill()
                 self._process.wait()
         # Whatever it has started and left is in its session, which is ours alone.
-        for pid in _session(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + STOP_GRACE_S
+        while left := _session(self.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name} has left processes that cannot be killed: {left}")
+            time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,7 @@ class Use:
     pid: int
     parent: int
     session: int
+    is_dead: bool  # and not collected by its parent yet
     cpu_s: float
     rss_bytes: int
 
@@ -151,9 +157,16 @@ def read_stat(text: str) -> Use:
     # The name in parentheses may hold anything.
     head, _, rest = text.rpartition(")")
     fields = rest.split()
-    # From field 3 on: 4 parent, 6 session, 14 to 17 user and system time and those of reaped children, 24 pages.
+    # From field 3 on: 3 state, 4 parent, 6 session, 14 to 17 user and system time and those of reaped children, 24 pages.
     ticks = sum(int(field) for field in fields[11:15])
-    return Use(int(head.split()[0]), int(fields[1]), int(fields[3]), ticks * TICK_S, int(fields[21]) * PAGE_BYTES)
+    return Use(
+        int(head.split()[0]),
+        int(fields[1]),
+        int(fields[3]),
+        fields[0] in "ZX",
+        ticks * TICK_S,
+        int(fields[21]) * PAGE_BYTES,
+    )
 
 
 def tree(root: int) -> list[Use]:
@@ -170,7 +183,7 @@ def tree(root: int) -> list[Use]:
 
 
 def _session(leader: int) -> list[int]:
-    return [use.pid for use in _all() if use.session == leader]
+    return [use.pid for use in _all() if use.session == leader and not use.is_dead]
 
 
 def _all() -> list[Use]:
