@@ -157,7 +157,7 @@ def read_stat(text: str) -> Use:
     # The name in parentheses may hold anything.
     head, _, rest = text.rpartition(")")
     fields = rest.split()
-    # From field 3 on: 3 state, 4 parent, 6 session, 14 to 17 user and system time and those of reaped children, 24 pages.
+    # From field 3 on: 3 state, 4 parent, 6 session, 14 to 17 times, of reaped children too, 24 pages.
     ticks = sum(int(field) for field in fields[11:15])
     return Use(
         int(head.split()[0]),
