@@ -1,7 +1,8 @@
 """A stub engine that costs next to nothing: what vLLM sends, byte for byte in shape, from memory.
 
 `python -m bench.engine --first-port N` serves on N and the ports behind it, all in one process. A chat completion is
-answered at once; a streamed one sends an event every 5 ms, `max_tokens` of them.
+answered at once; a streamed one sends an event every 5 ms, `max_tokens` of them. A `seed` is the pace in milliseconds
+instead: a field of OpenAI's own, so that every gateway passes it on.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class _Asked(msgspec.Struct):
     stream: bool = False
     stream_options: _StreamOptions | None = None
     max_tokens: int | None = None
+    seed: int | None = None
+    max_completion_tokens: int | None = None  # What SGLang's router makes of it.
 
 
 _read = msgspec.json.Decoder(_Asked).decode
@@ -148,7 +151,19 @@ class Script:
 class Engine(asyncio.Protocol):
     """One connection to the engine. Requests on it are answered in turn; clients do not pipeline."""
 
-    __slots__ = ("_at", "_body", "_loop", "_parser", "_path", "_scripts", "_sent", "_timer", "_transport", "_wanted")
+    __slots__ = (
+        "_at",
+        "_body",
+        "_loop",
+        "_pace_s",
+        "_parser",
+        "_path",
+        "_scripts",
+        "_sent",
+        "_timer",
+        "_transport",
+        "_wanted",
+    )
 
     def __init__(self, scripts: dict[tuple[str, str], Script]) -> None:
         self._scripts = scripts
@@ -159,6 +174,7 @@ class Engine(asyncio.Protocol):
         self._body = b""
         self._timer: asyncio.TimerHandle | None = None
         self._at = 0.0
+        self._pace_s = PACE_S
         self._sent = 0
         self._wanted: tuple[Script, int, bool] | None = None
 
@@ -210,8 +226,10 @@ class Engine(asyncio.Protocol):
             self._write(script.whole)
             return
         wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        self._wanted = (script, min(asked.max_tokens or ANSWER_TOKENS, LONGEST_STREAM), wants_usage)
+        tokens = asked.max_completion_tokens or asked.max_tokens or ANSWER_TOKENS
+        self._wanted = (script, min(tokens, LONGEST_STREAM), wants_usage)
         self._sent = -1
+        self._pace_s = asked.seed / 1000 if asked.seed else PACE_S
         self._at = self._loop.time() + PACE_S
         self._timer = self._loop.call_at(self._at, self._step)
 
@@ -228,7 +246,7 @@ class Engine(asyncio.Protocol):
                 self._write(step + script.end(tokens, with_usage=wants_usage))
                 return
             self._write(step)
-        self._at += PACE_S
+        self._at += self._pace_s
         self._timer = self._loop.call_at(self._at, self._step)
 
     def _look_up(self, path: str) -> None:

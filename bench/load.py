@@ -30,6 +30,7 @@ DRAIN_S = 30.0
 # Connections that an open loop may open when every one it has is busy.
 MOST_CONNECTIONS = 512
 PACED_TOKENS = 100
+IDLE_AT_ONCE = 50
 
 _now = time.perf_counter
 
@@ -48,9 +49,12 @@ class Target:
         """A request that is answered at once."""
         return self._request(b'"max_tokens":64')
 
-    def streamed(self, tokens: int) -> bytes:
-        """A request for a stream of so many tokens with usage at its end."""
-        return self._request(b'"max_tokens":%d,"stream":true,"stream_options":{"include_usage":true}' % tokens)
+    def streamed(self, tokens: int, pace_ms: int = 0) -> bytes:
+        """A request for a stream of so many tokens with usage at its end; 0: at the engine's own pace."""
+        pace = b',"seed":%d' % pace_ms if pace_ms else b""
+        return self._request(
+            b'"max_tokens":%d,"stream":true,"stream_options":{"include_usage":true}%b' % (tokens, pace)
+        )
 
     def _request(self, options: bytes) -> bytes:
         prompt = "Explain in one sentence what the control plane of an inference service is for."
@@ -202,7 +206,7 @@ class Client(asyncio.Protocol):
 
 
 class Bench:
-    """Loads one target. `snapshots` are called at the beginning and at the end of each window."""
+    """Loads one target. `begin` and `end` are called where the window opens and closes."""
 
     def __init__(self, target: Target, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self.target = target
@@ -226,10 +230,12 @@ class Bench:
             )
         return client
 
-    async def closed(self, connections: int, warm_s: float, window_s: float, *, tokens: int = 0) -> Run:
+    async def closed(
+        self, connections: int, warm_s: float, window_s: float, *, tokens: int = 0, pace_ms: int = 0
+    ) -> Run:
         """Each connection asks again as soon as it has its answer; with `tokens`, for streams of that length."""
         run = Run()
-        request = self.target.streamed(tokens) if tokens else self.target.whole()
+        request = self.target.streamed(tokens, pace_ms) if tokens else self.target.whole()
         is_measuring = False
         is_over = False
 
@@ -270,7 +276,7 @@ class Bench:
             client.ask(request, _now())
             if tokens and number % 8 == 7:
                 # Streams that begin together would send together for ever.
-                await asyncio.sleep(0.002)
+                await asyncio.sleep((pace_ms or 5) / max(1, connections // 8) / 1000)
         await asyncio.sleep(warm_s)
         run.events = 0
         is_measuring = True
@@ -349,20 +355,23 @@ class Bench:
             run.fail("never sent: every connection was busy")
         return run
 
-    async def idle(self, connections: int, measure: Callable[[], None]) -> Run:
-        """Open connections that ask once and then say nothing; `measure` is called while all are open."""
+    async def idle(self, connections: int) -> Run:
+        """Connections that ask once and then say nothing; the window lies where all of them are open and silent."""
         run = Run()
         request = self.target.whole()
         clients: list[Client] = []
-        for _ in range(0, connections, 100):
-            fresh = await asyncio.gather(*(self._client(run, _nothing, 0) for _ in range(100)))
-            clients += fresh
-        for start in range(0, len(clients), 32):
-            for client in clients[start : start + 32]:
+        while len(clients) < connections:
+            # Few at a time: what is measured is how many there are, not how fast they come.
+            fresh = await asyncio.gather(*(self._client(run, _nothing, 0) for _ in range(IDLE_AT_ONCE)))
+            for client in fresh:
                 client.ask(request, _now())
-            await _until(lambda first=start: not any(one.is_busy for one in clients[first : first + 32]), DRAIN_S)
-        await asyncio.sleep(0.5)
-        measure()
+            await _until(lambda asked=fresh: not any(client.is_busy for client in asked), DRAIN_S)
+            clients += fresh
+        self._begin()
+        began = _now()
+        await asyncio.sleep(1.0)
+        run.window_s = _now() - began
+        self._end()
         for client in clients:
             if not client.is_open:
                 run.fail("an idle connection was closed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,16 @@ from bench.systems import Running
 
 CONNECTIONS = 32
 RATES = (200, 1000)  # requests a second
-STREAMS = 64
-TAILS = (0.5, 0.99, 0.999)
+# Above this share of what a system can do at most, its queue grows for ever and a latency means nothing.
+MOST_UTILIZATION = 0.75
+SHARES = (0.5, 0.99, 0.999)
+IDLE_CONNECTIONS = 10_000
+# Descriptors that a gateway and the load need besides those of idle connections.
+SPARE_DESCRIPTORS = 2_000
+OPEN_STREAMS = 1_000
+OPEN_STREAM_PACE_MS = 200
+OPEN_STREAM_TOKENS = 25
+SOAK_STEP = 100_000
 
 Figures = dict[str, float]
 
@@ -43,6 +52,7 @@ class Window:
     cpu_s: float = 0.0
     beside_s: dict[str, float] = field(default_factory=dict[str, float])
     wall_s: float = 0.0
+    rss_mib: float = 0.0
 
     def begin(self) -> None:
         """The window opens."""
@@ -51,6 +61,8 @@ class Window:
     def end(self) -> None:
         """The window closes."""
         self._move(1)
+        if self.running.program is not None:
+            self.rss_mib = self.running.program.rss_bytes() / 2**20
 
     def _move(self, sign: int) -> None:
         self.wall_s += sign * time.perf_counter()
@@ -60,7 +72,7 @@ class Window:
             self.beside_s[name] = self.beside_s.get(name, 0.0) + sign * program.cpu_s()
 
 
-def closed(running: Running, lengths: Lengths, *, connections: int = CONNECTIONS) -> tuple[Figures, Run]:
+def closed(running: Running, lengths: Lengths, connections: int = CONNECTIONS) -> tuple[Figures, Run]:
     """Whole answers in closed loop: CPU a request, and how many a second."""
     run, window = _load(running, lambda bench: bench.closed(connections, lengths.warm_s, lengths.closed_s))
     figures = {
@@ -69,6 +81,7 @@ def closed(running: Running, lengths: Lengths, *, connections: int = CONNECTIONS
         "core_share": window.cpu_s / window.wall_s,
         "closed_ms_p50": 1000 * percentile(run.latencies_s, 0.5),
         "closed_ms_p99": 1000 * percentile(run.latencies_s, 0.99),
+        "rss_mib": window.rss_mib,
     }
     figures |= {f"{name}_cpu_us_per_request": _each(cpu_s, run.requests) for name, cpu_s in window.beside_s.items()}
     return figures, run
@@ -79,21 +92,70 @@ def opened(running: Running, lengths: Lengths, rate: int) -> tuple[Figures, Run]
     run, window = _load(running, lambda bench: bench.opened(rate, lengths.warm_s, lengths.open_s))
     figures = _tails(f"ms_at_{rate}_per_s", run.latencies_s)
     figures[f"cpu_us_per_request_at_{rate}_per_s"] = _each(window.cpu_s, run.requests)
-    figures[f"kept_share_at_{rate}_per_s"] = run.requests / (rate * run.window_s)
     return figures, run
 
 
 def streamed(running: Running, lengths: Lengths) -> tuple[Figures, Run]:
-    """Paced streams: CPU an event, and how long the first one took."""
-    run, window = _load(
+    """Paced streams: CPU an event, how long the first one took, and whether the pace was kept."""
+    load = _load(
         running,
-        lambda bench: bench.closed(STREAMS, lengths.warm_s, lengths.stream_s, tokens=PACED_TOKENS),
+        lambda bench: bench.closed(running.streams, lengths.warm_s, lengths.stream_s, tokens=PACED_TOKENS),
     )
+    run, window = load
     figures = _tails("first_token_ms", run.first_token_s)
     figures["cpu_us_per_event"] = _each(window.cpu_s, run.events)
-    figures["events_per_s"] = run.events / run.window_s
+    figures["events_per_stream_and_s"] = run.events / run.window_s / running.streams
     figures |= {f"{name}_cpu_us_per_event": _each(cpu_s, run.events) for name, cpu_s in window.beside_s.items()}
     return figures, run
+
+
+def idle(running: Running) -> tuple[Figures, Run]:
+    """Many silent connections: memory of each, and CPU while they are there."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = min(IDLE_CONNECTIONS, descriptors - SPARE_DESCRIPTORS)
+    assert running.program is not None
+    before_mib = running.program.rss_bytes() / 2**20
+    run, window = _load(running, lambda bench: bench.idle(connections))
+    figures = {
+        "idle_connections": float(connections),
+        "idle_kib_each": 1024 * (window.rss_mib - before_mib) / connections,
+        "idle_core_share": window.cpu_s / window.wall_s,
+    }
+    return figures, run
+
+
+def open_streams(running: Running) -> tuple[Figures, Run]:
+    """Many slow streams at a time: memory of each, and CPU an event."""
+    assert running.program is not None
+    before_mib = running.program.rss_bytes() / 2**20
+    run, window = _load(
+        running,
+        lambda bench: bench.closed(OPEN_STREAMS, 2.0, 5.0, tokens=OPEN_STREAM_TOKENS, pace_ms=OPEN_STREAM_PACE_MS),
+    )
+    figures = {
+        "open_streams": float(OPEN_STREAMS),
+        "open_stream_kib_each": 1024 * (window.rss_mib - before_mib) / OPEN_STREAMS,
+        "open_stream_cpu_us_per_event": _each(window.cpu_s, run.events),
+        "open_stream_first_token_ms_p99": 1000 * percentile(run.first_token_s, 0.99),
+    }
+    return figures, run
+
+
+def soak(running: Running) -> tuple[Figures, Run]:
+    """Some seconds of the closed loop, for what they leave in memory."""
+    run, window = _load(running, lambda bench: bench.closed(CONNECTIONS, 0.0, 5.0))
+    return {"rss_mib": window.rss_mib}, run
+
+
+def background(systems: Sequence[Running], seconds: float = 2.0) -> float:
+    """The share of a core that all systems together use while nobody asks them anything."""
+    windows = [Window(running) for running in systems]
+    for window in windows:
+        window.begin()
+    time.sleep(seconds)
+    for window in windows:
+        window.end()
+    return sum(window.cpu_s / window.wall_s for window in windows)
 
 
 def _load(running: Running, load: Callable[[Bench], Coroutine[Any, Any, Run]]) -> tuple[Run, Window]:
@@ -106,7 +168,7 @@ def _load(running: Running, load: Callable[[Bench], Coroutine[Any, Any, Run]]) -
 
 
 def _tails(name: str, values: Sequence[float]) -> Figures:
-    return {f"{name}_p{100 * share:g}": 1000 * percentile(values, share) for share in TAILS}
+    return {f"{name}_p{100 * share:g}": 1000 * percentile(values, share) for share in SHARES}
 
 
 def _each(cpu_s: float, count: int) -> float:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,14 @@ class BenchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Where things run: the gateway alone on `gateway`, the engine, the load and all servers on `rest`."""
+    """Where things run: the gateway alone on `gateway`; the engine, the load and all servers on `rest`.
 
-    gateway: tuple[int, ...]
-    rest: tuple[int, ...]
+    `second` is the other core of a gateway of two processes: on a machine of two it is also the rest's.
+    """
+
+    gateway: int
+    second: int
+    rest: int
 
     @classmethod
     def choose(cls) -> Cores:
@@ -33,11 +37,11 @@ class Cores:
         allowed = sorted(os.sched_getaffinity(0))
         if len(allowed) < 2:
             raise BenchError("The protocol needs two cores: one for the gateway, one for the engine and the load.")
-        return cls((allowed[0],), (allowed[-1],))
+        return cls(allowed[0], allowed[1], allowed[-1])
 
 
 @contextmanager
-def on_cores(cores: Sequence[int]) -> Generator[None]:
+def on_cores(*cores: int) -> Generator[None]:
     """Run on these cores for a moment, so that a process started meanwhile inherits them."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
@@ -65,9 +69,10 @@ class Program:
         self.name = name
         self.log = log
         self._stop_signal = stop_signal
+        self._is_stopped = False
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with log.open("ab") as output, on_cores(cores):
+            with log.open("ab") as output, on_cores(*cores):
                 self._process = subprocess.Popen(
                     list(command),
                     env=None if environment is None else dict(environment),
@@ -113,7 +118,10 @@ class Program:
         return sum(use.rss_bytes for use in tree(self.pid))
 
     def stop(self) -> None:
-        """End it and its session, gently first."""
+        """End it and its session, gently first. Once is enough: later its pid may be another's."""
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         if self._process.poll() is None:
             self._process.send_signal(self._stop_signal)
             try:
@@ -122,11 +130,14 @@ class Program:
                 self._process.kill()
                 self._process.wait()
         # Whatever it has started and left is in its session, which is ours alone.
-        for pid in _session(self.pid):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        deadline = time.monotonic() + STOP_GRACE_S
+        while left := _session(self.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name} has left processes that cannot be killed: {left}")
+            time.sleep(0.01)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,7 @@ class Use:
     pid: int
     parent: int
     session: int
+    is_dead: bool  # and not collected by its parent yet
     cpu_s: float
     rss_bytes: int
 
@@ -145,9 +157,16 @@ def read_stat(text: str) -> Use:
     # The name in parentheses may hold anything.
     head, _, rest = text.rpartition(")")
     fields = rest.split()
-    # From field 3 on: 4 parent, 6 session, 14 to 17 user and system time and those of reaped children, 24 pages.
+    # From field 3 on: 3 state, 4 parent, 6 session, 14 to 17 times, of reaped children too, 24 pages.
     ticks = sum(int(field) for field in fields[11:15])
-    return Use(int(head.split()[0]), int(fields[1]), int(fields[3]), ticks * TICK_S, int(fields[21]) * PAGE_BYTES)
+    return Use(
+        int(head.split()[0]),
+        int(fields[1]),
+        int(fields[3]),
+        fields[0] in "ZX",
+        ticks * TICK_S,
+        int(fields[21]) * PAGE_BYTES,
+    )
 
 
 def tree(root: int) -> list[Use]:
@@ -164,7 +183,7 @@ def tree(root: int) -> list[Use]:
 
 
 def _session(leader: int) -> list[int]:
-    return [use.pid for use in _all() if use.session == leader]
+    return [use.pid for use in _all() if use.session == leader and not use.is_dead]
 
 
 def _all() -> list[Use]:

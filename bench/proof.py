@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import asyncpg
@@ -18,7 +18,8 @@ from crosslogic.domain.ids import encode
 from crosslogic.domain.limits import DAY_TOKENS, SPEND, Subject
 
 SHIPPED_WITHIN_S = 30.0
-_PREFIX: Final = "cic:"
+# The default of CROSSLOGIC_REDIS_PREFIX.
+PREFIX: Final = "cic:"
 
 _SUMS = """
     SELECT count(*) AS records, count(DISTINCT id) AS ids,
@@ -56,7 +57,17 @@ class Proof:
     counted_tokens: Mapping[str, int]
     holds_left: int
     nodes: int
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """In a few lines of Markdown."""
+        counted = ", ".join(f"{layer} {used:,}" for layer, used in self.counted_tokens.items())
+        lines = [
+            f"Proof that everything was on: {self.answered:,} requests answered, {self.records:,} usage records with "
+            f"{self.tokens:,} tokens; tokens a day by the limits' layers: {counted}; {self.nodes} nodes used, "
+            f"{self.holds_left} holds left."
+        ]
+        return "\n".join([*lines, *(f"NOT PROVEN: {problem}" for problem in self.problems)])
 
 
 def compare(
@@ -79,7 +90,7 @@ def compare(
     return Proof(sent.answered, sums["records"], tokens, dict(day_tokens), holds_left, sums["nodes"], problems)
 
 
-async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent) -> Proof:
+async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent, prefix: str = PREFIX) -> Proof:
     """Wait until the shipper has shipped, then compare."""
     connection = await asyncpg.connect(database_url)
     redis: Any = aioredis.from_url(redis_url)
@@ -92,10 +103,10 @@ async def prove(database_url: str, redis_url: str, seeded: Seeded, sent: Sent) -
                 break
             await asyncio.sleep(0.2)
         accounts = {
-            layer: read_account(await redis.get(f"{_PREFIX}limits:{Subject(layer, encode(subject)).name}"))
+            layer: read_account(await redis.get(f"{prefix}limits:{Subject(layer, encode(subject)).name}"))
             for layer, subject in seeded.subjects.items()
         }
-        holds = [key async for key in redis.scan_iter(match=f"{_PREFIX}hold:*", count=1000)]
+        holds = [key async for key in redis.scan_iter(match=f"{prefix}hold:*", count=1000)]
         day_tokens = {layer: account[DAY_TOKENS] for layer, account in accounts.items()}
         return compare(sent, dict(row), day_tokens, accounts["org"][SPEND], len(holds))
     finally:

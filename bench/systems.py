@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import secrets
 import shutil
@@ -12,12 +11,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.engine import PORTS
 from bench.load import Target
+from bench.peers import MODEL, STREAMS, Peer, version
 from bench.processes import BenchError, Cores, Program
 from bench.seed import Seeded, seed
 from crosslogic.bootstrap import ROOT
@@ -30,7 +30,6 @@ from crosslogic.settings import child_environment
 START_S = 60.0
 # Below the range that Linux gives to outgoing connections.
 FIRST_ENGINE_PORT = 20_000
-MODEL = "llama-3-8b"
 TLS_MODEL = "mistral-7b"
 
 
@@ -43,6 +42,8 @@ class Running:
     target: Target
     program: Program | None
     beside: Mapping[str, Program] = field(default_factory=dict[str, Program])
+    asked: int = 0  # Requests that were answered before it counted as ready.
+    streams: int = STREAMS
 
 
 @dataclass(slots=True)
@@ -59,6 +60,12 @@ class Engines:
     def ports(self) -> range:
         """Of the engines in plain HTTP."""
         return range(self.first_port, self.first_port + PORTS)
+
+    def stop(self) -> None:
+        """Stop both."""
+        self.program.stop()
+        if self.tls_program is not None:
+            self.tls_program.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ def _start_engine(bed: Bed, name: str, at_least: int, *more: str) -> tuple[Progr
     while not all(is_port_free(port) for port in range(first, first + PORTS)):
         first += PORTS
     command = [sys.executable, "-m", "bench.engine", "--first-port", str(first), *more]
-    program = Program(name, command, bed.cores.rest, bed.log(name), environment=child_environment(), cwd=ROOT)
+    program = Program(name, command, (bed.cores.rest,), bed.log(name), environment=child_environment(), cwd=ROOT)
     try:
         program.wait_until(lambda: listens(first + PORTS - 1), START_S)
     except BaseException:
@@ -184,19 +191,41 @@ http {{
     command = [program, "-c", str(folder / "nginx.conf"), "-p", str(folder), "-e", "stderr"]
     return _ready(
         Running(
-            "nginx", "nginx, dumb proxy", Target(port), Program("nginx", command, bed.cores.gateway, bed.log("nginx"))
+            "nginx",
+            "nginx, dumb proxy",
+            Target(port),
+            Program("nginx", command, (bed.cores.gateway,), bed.log("nginx")),
         )
     )
 
 
-def _ready(running: Running, within_s: float = START_S) -> Running:
-    assert running.program is not None
+def _ready(running: Running, times: int = 1) -> Running:
+    """Wait until so many requests have been answered."""
+    program = running.program
+    assert program is not None
     try:
-        running.program.wait_until(lambda: answers(running.target), within_s)
+        for _ in range(times):
+            program.wait_until(lambda: answers(running.target), START_S)
+            running.asked += 1
     except BaseException:
-        running.program.stop()
+        program.stop()
         raise
     return running
+
+
+def start_peer(bed: Bed, engines: Engines, peer: Peer) -> Running:
+    """A peer, installed if need be. Raises BenchError when it cannot be installed or does not answer."""
+    folder = bed.folder / peer.name
+    folder.mkdir()
+    port = free_port()
+    start = peer.prepare(port, [f"http://127.0.0.1:{engine}" for engine in engines.ports], folder)
+    environment = child_environment(**start.environment)
+    program = Program(
+        peer.name, start.command, (bed.cores.gateway,), bed.log(peer.name), environment=environment, cwd=folder
+    )
+    target = Target(port, MODEL, headers=start.headers)
+    title = f"{peer.title} {version(peer.name)}"
+    return _ready(Running(peer.name, title, target, program, streams=peer.streams))
 
 
 def api_command(port: int, workers: int) -> list[str]:
@@ -204,6 +233,8 @@ def api_command(port: int, workers: int) -> list[str]:
     command = [sys.executable, "-m", "uvicorn", "api.app:app", "--http", "api.inference.server:HttpProtocol"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "5", "--backlog", "4096"]
+    # As nginx here: connections that are silent for a while are what is measured.
+    command += ["--timeout-keep-alive", "3600"]
     return [*command, "--workers", str(workers)] if workers > 1 else command
 
 
@@ -232,8 +263,8 @@ class Stack:
             engines[TLS_MODEL] = [f"https://localhost:{port}" for port in ports]
         self.seeded = asyncio.run(seed(self.postgres.url, engines))
 
-    def start_api(self, name: str = "ours", cores: Sequence[int] = (), workers: int = 1) -> Running:
-        """The gateway with everything on. Its processes share one port."""
+    def start_api(self, name: str, workers: int = 1) -> Running:
+        """The gateway with everything on. Two processes share one port and have a core each."""
         port = free_port()
         environment = child_environment(
             CROSSLOGIC_MODE="dev",
@@ -249,14 +280,22 @@ class Stack:
         program = Program(
             name,
             api_command(port, workers),
-            cores or self._bed.cores.gateway,
+            (self._bed.cores.gateway,) if workers == 1 else (self._bed.cores.gateway, self._bed.cores.second),
             self._bed.log(name),
             environment=environment,
             cwd=ROOT,
         )
         self._programs.append(program)
         target = Target(port, MODEL, headers={"Authorization": f"Bearer {self.seeded.secret}"})
-        return _ready(Running(name, "CrossLogic, everything on", target, program, self.beside))
+        title = "**CrossLogic, everything on**" + ("" if workers == 1 else f", {workers} processes")
+        # Connections go to any process: all have to be ready.
+        return _ready(Running(name, title, target, program, self.beside), 1 if workers == 1 else 20 * workers)
+
+    def over_tls(self, api: Running) -> Running:
+        """The same gateway, asked for the model whose engines speak TLS."""
+        target = replace(api.target, model=TLS_MODEL)
+        running = Running(f"{api.name}-tls", "CrossLogic, TLS to the engines", target, api.program, api.beside)
+        return _ready(running)
 
     def stop(self) -> None:
         """Stop what was started, servers last."""
@@ -269,7 +308,7 @@ class Stack:
         program = Program(
             part.name,
             launch.command,
-            self._bed.cores.rest,
+            (self._bed.cores.rest,),
             self._bed.log(part.name),
             environment=launch.environment,
             cwd=launch.cwd,
@@ -279,8 +318,3 @@ class Stack:
         self._programs.append(program)
         program.wait_until(lambda: asyncio.run(part.is_ready()), START_S)
         return program
-
-
-def describe(engines: Engines) -> str:
-    """The engines' addresses as JSON, for a system that reads a file."""
-    return json.dumps([f"http://127.0.0.1:{port}" for port in engines.ports])

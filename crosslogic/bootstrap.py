@@ -19,7 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 # A lock's environment is .venv, but for the locks that do not agree with it.
-_OWN_ENVIRONMENTS = {"skypilot": ".venv-skypilot", "uv": ".venv-uv"}
+_OWN_ENVIRONMENTS = {
+    "skypilot": ".venv-skypilot",
+    "uv": ".venv-uv",
+    "bench-sglang-router": ".venv-bench-sglang-router",
+    "bench-vllm-router": ".venv-bench-vllm-router",
+    "bench-litellm": ".venv-bench-litellm",
+}
 # Whoever has installed the wider lock has installed the narrower one too.
 _WIDER = {"run": ("dev",), "server": ("run", "dev")}
 

@@ -50,6 +50,7 @@ CHECKS = (
     Check("types", "pyright, strict", (("pyright", "--warnings"),)),
     Check("imports", "import-linter: who may import whom (.importlinter)", (("lint-imports", "--no-logo"),)),
     Check("reference", "write the generated pages of docs/reference", (("python", "-m", "crosslogic.dev.reference"),)),
+    Check("bench", "the gateway beside its peers, by bench/README.md", (("python", "-m", "bench.gateways"),)),
 )
 
 
