@@ -205,7 +205,7 @@ class Relayed:
         else:
             self.prompt_tokens = self.intent.estimated_prompt_tokens
             self.completion_tokens = counted_tokens
-            self.source = TokenSource.COUNTED
+            self.source = TokenSource.CHUNKS
 
     def _is_possible(self, prompt: int, completion: int, cached: int) -> bool:
         """No engine can read more than its context and what was sent, or say more than it was allowed to."""
@@ -248,6 +248,8 @@ class Relayed:
                 intent.output_price_e10,
                 intent.multiplier_bp,
             ),
+            reservation_id=intent.reservation_id,
+            tries=self.tries,
         )
 
 
@@ -300,10 +302,7 @@ class Relay:
     async def _finish(self, relayed: Relayed) -> None:
         record = relayed.record(self._loop.time())
         if not relayed.is_settled:
-            try:
-                self._usage_log.settle(record)
-            except OSError as error:
-                log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
+            self._usage_log.settle_when_possible(record)
         self._observer.finished(record)
         if record.outcome in OUR_FAILURES:
             ending = self._limits.release(relayed.hold)

@@ -154,7 +154,8 @@ class Inference:
         )
         intent = Intent(
             id=request_id,
-            client_request_id=client_request_id[:LONGEST_CLIENT_REQUEST_ID].decode("latin-1"),
+            # Postgres has no place for NUL in text.
+            client_request_id=client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1"),
             org_id=principal.org_id,
             environment_id=principal.environment_id,
             key_id=principal.key_id,

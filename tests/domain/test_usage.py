@@ -47,7 +47,7 @@ class TestListPrice:
 class TestInterrupted:
     def test_charges_the_prompt_and_what_was_last_recorded(self) -> None:
         record = interrupted(INTENT, Progress(INTENT.id, UUID(int=9), "us-east", 500))
-        assert (record.outcome, record.token_source) == (Outcome.INTERRUPTED, TokenSource.COUNTED)
+        assert (record.outcome, record.token_source) == (Outcome.INTERRUPTED, TokenSource.CHUNKS)
         assert (record.prompt_tokens, record.completion_tokens) == (1000, 500)
         assert (record.served_region, record.node_id) == ("us-east", UUID(int=9))
         # 1 500 tokens × $0.60 a million × 0.7.
