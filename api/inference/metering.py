@@ -5,9 +5,9 @@ a payload: one letter for the kind and JSON. `I` intent, before a request is for
 second of a stream; `S` the settled record, complete in itself, before the client gets its last byte. One `write` per
 frame puts it out of reach of a SIGKILL; `fdatasync` follows off-thread within milliseconds for the machine's own death.
 
-The shipper moves settled records to Postgres as the bytes that were logged, idempotent by id. Those of its own process it
-has from memory; from the file only when Postgres was away for so long that memory was not to hold them. In a dead process's
-log an intent without a settled record is recorded as interrupted (A1, A2).
+The shipper moves settled records to Postgres as the bytes that were logged, idempotent by id. Those of its own process
+it has from memory; from the file only when Postgres was away for so long that memory was not to hold them. In a dead
+process's log an intent without a settled record is recorded as interrupted (A1, A2).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _encode = msgspec.json.Encoder().encode
 _decode_intent = msgspec.json.Decoder(Intent).decode
 _decode_progress = msgspec.json.Decoder(Progress).decode
 
-# Takes the JSON of usage records; idempotent by record id. Raises InvariantViolated when one of them can never be stored;
-# anything else passes.
+# Takes the JSON of usage records; idempotent by record id. Raises InvariantViolated when one of them can never be
+# stored; anything else passes.
 Ingest = Callable[[Sequence[bytes]], Awaitable[None]]
 
 
@@ -107,12 +107,13 @@ class UsageLog:
         self._most_bytes = most_bytes
         self._most_in_memory = most_in_memory
         self.segment = 0
-        # How many records had been settled when a segment was closed: once those are in Postgres, nobody needs its bytes.
+        # How many records had been settled when a segment was closed: once those are in Postgres, only an open intent
+        # needs its bytes.
         self.closed_segments: dict[int, int] = {}
         self.open_intents: dict[int, int] = {}
         self.settled = 0
-        # Records that Postgres has not got yet, oldest first, and behind them, in the file only, those from `spilled_at`
-        # on (segment and offset).
+        # Records that Postgres has not got yet, oldest first; behind them, in the file only, come those from
+        # `spilled_at` (segment and offset) on.
         self.unshipped: list[bytes] = []
         self.spilled_at: tuple[int, int] | None = None
         self.kept_bytes = 0

@@ -38,8 +38,8 @@ class WasteReason(StrEnum):
     NOT_RELAYED = "not_relayed"  # Made beyond what the client was sent.
 
 
-# The following are made once or more for each request. They are never changed, but not frozen: a frozen dataclass of this
-# size takes three times as long to make.
+# The following are made once or more for each request. They are never changed, but not frozen: a frozen dataclass of
+# this size takes three times as long to make.
 
 
 @dataclass(slots=True)

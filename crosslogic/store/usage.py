@@ -35,10 +35,11 @@ class UsageStore:
                 latency_ms INTEGER, ttft_ms INTEGER, status INTEGER, outcome TEXT, list_price_microdollars BIGINT,
                 tries INTEGER, continuations INTEGER, waste JSON, decision JSONB
             )) WITH ORDINALITY AS r (
-                id, client_request_id, org_id, environment_id, key_id, reservation_id, home_region, served_region, model,
-                node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens, token_source,
-                latency_ms, ttft_ms, status, outcome, list_price_microdollars, tries, continuations, waste, decision,
-                position)
+                id, client_request_id, org_id, environment_id, key_id, reservation_id,
+                home_region, served_region, model, node_id, endpoint_kind, is_streamed,
+                prompt_tokens, completion_tokens, cached_tokens, token_source,
+                latency_ms, ttft_ms, status, outcome, list_price_microdollars,
+                tries, continuations, waste, decision, position)
             ORDER BY id, position
         ), added AS (
             INSERT INTO usage_records (
@@ -107,8 +108,8 @@ class UsageStore:
     async def add(self, payloads: Sequence[bytes]) -> None:
         """Write records, each the JSON of a UsageRecord; those that are there already are left alone (A2, B2).
 
-        Their waste and decisions come with them. Raises InvariantViolated when Postgres will never take one of them; then
-        none was written.
+        Their waste and decisions come with them. Raises InvariantViolated when Postgres will never take one of them;
+        then none was written.
         """
         if not payloads:
             return
