@@ -145,6 +145,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         usage_log.keep_synced(),
         shipper.run(),
         metering.keep_recovering(settings.usage_log_dir, usage_log.directory.name, usage.add),
+        metering.keep_pruning(usage.prune_decisions, _now),
         feeds.keep_polling(),
         feeds.keep_listening(),
         limits.keep_renewing(),

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from api.admin.context import Admin, AdminRoute
 from crosslogic.domain import ids
 from crosslogic.domain.errors import Rejected
+from crosslogic.domain.scheduling import explained_decision
 
 router = APIRouter(route_class=AdminRoute)
 
@@ -63,12 +64,13 @@ async def get_request(request_id: RequestPath, admin: Admin) -> RequestOut:
             status=404,
             code="request_not_found",
         )
-    node_id = found.pop("node_id")
+    node_id, decision = found.pop("node_id"), found.pop("decision")
     shown = {
         "id": ids.REQUEST.show(found["id"]),
         "org_id": ids.ORG.show(found["org_id"]),
         "environment_id": ids.ENVIRONMENT.show(found["environment_id"]),
         "key_id": ids.KEY.show(found["key_id"]),
         "node": None if node_id is None else ids.NODE.show(node_id),
+        "decision": None if decision is None else explained_decision(decision),
     }
     return RequestOut.model_validate(found | shown)

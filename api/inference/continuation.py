@@ -113,7 +113,7 @@ def body_for(call: Call, model: Model, told: Told) -> bytes:
 class ExtendedAnswer:
     """Joins the rest of an answer to its beginning."""
 
-    __slots__ = ("_created", "_id", "_missing", "_tokens_before", "reread_tokens")
+    __slots__ = ("_created", "_id", "_missing", "_tokens_before")
 
     def __init__(self, told: Told, kind: str) -> None:
         self._id, self._created = told.id, told.created
@@ -121,7 +121,6 @@ class ExtendedAnswer:
         # The engine did not get this white space, so it may say it again.
         self._missing = text[len(text.rstrip()) :]
         self._tokens_before = told.tokens
-        self.reread_tokens = told.tokens
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The whole answer's usage: the part that was told counts as completion and not as prompt."""
@@ -164,14 +163,13 @@ class ExtendedAnswer:
 class RepeatedAnswer:
     """Holds an answer that is given again against what was told of it, and lets through what goes beyond."""
 
-    __slots__ = ("_created", "_id", "_left", "_told", "reread_tokens")
+    __slots__ = ("_created", "_id", "_left", "_told")
 
     def __init__(self, told: Told) -> None:
         self._id, self._created = told.id, told.created
         self._told = told
         # What must still come again, by channel.
         self._left: dict[Channel, str] = {channel: told.text(channel) for channel in told.texts}
-        self.reread_tokens = 0
 
     def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """This engine has given the whole answer, so its usage is the answer's."""

@@ -155,6 +155,7 @@ class EventStream:
         "_wants_usage",
         "has_token",
         "is_done",
+        "told_before",
         "usage",
     )
 
@@ -168,6 +169,8 @@ class EventStream:
         self._told = Told()
         self._unread: list[bytes] = []
         self._unread_bytes = 0
+        # How many tokens had been told when the engine that speaks now took over.
+        self.told_before = 0
         self.has_token = False
         self.usage: dict[str, Any] | None = None
         self.is_done = False
@@ -175,6 +178,7 @@ class EventStream:
     def go_on(self, seam: Seam | None) -> None:
         """Another engine takes over; what the last one left half-said is dropped."""
         self._seam = seam
+        self.told_before = self.tokens
         self._foreign_name = None
         self._tail = b""
         self.has_token = False

@@ -5,13 +5,15 @@ a payload: one letter for the kind and JSON. `I` intent, before a request is for
 second of a stream; `S` the settled record, complete in itself, before the client gets its last byte. One `write` per
 frame puts it out of reach of a SIGKILL; `fdatasync` follows off-thread within milliseconds for the machine's own death.
 
-The shipper reads the log, its own process's and those of dead processes, in one way: settled records go to Postgres,
-idempotent by id; in a dead process's log an intent without a settled record is recorded as interrupted (A1, A2).
+The shipper moves settled records to Postgres as the bytes that were logged, idempotent by id. Those of its own process
+it has from memory; from the file only when Postgres was away for so long that memory was not to hold them. In a dead
+process's log an intent without a settled record is recorded as interrupted (A1, A2).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -19,6 +21,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -33,21 +36,39 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 # Beyond this the shipper has been away for so long that taking on more would fill the disk: requests get 503 (A5).
 MOST_BYTES = 4 * 1024 * 1024 * 1024
 SYNC_INTERVAL_S = 0.005
+SYNC_RETRY_S = 0.5
 SHIP_INTERVAL_S = 0.1
 BATCH_RECORDS = 1000
+# Settled records that wait in memory for Postgres, about 15 MB; those beyond it are read from the file later.
+MOST_IN_MEMORY = 20_000
+PRUNE_INTERVAL_S = 3600.0
 LONGEST_FRAME_BYTES = 1 << 20
 # What we write is far shorter; a longer "torn" frame is damage.
-LONGEST_TORN_BYTES = 4096
+LONGEST_TORN_BYTES = 16 * 1024
 DAMAGED = "damaged"
 
 _HEADER = struct.Struct("<II")
+_HEADER_AND_KIND = struct.Struct("<IIc")
+_READ_BYTES = _HEADER.size + LONGEST_FRAME_BYTES
+_INTENT, _PROGRESS, _SETTLED = b"I", b"P", b"S"
+# The checksum of a payload is that of its body, begun with that of its kind.
+_CRC_OF = {kind: zlib.crc32(kind) for kind in (_INTENT, _PROGRESS, _SETTLED)}
 _encode = msgspec.json.Encoder().encode
 _decode_intent = msgspec.json.Decoder(Intent).decode
 _decode_progress = msgspec.json.Decoder(Progress).decode
-_decode_record = msgspec.json.Decoder(UsageRecord).decode
 
-# Idempotent by record id. Raises InvariantViolated for a record that can never be stored; anything else passes.
-Ingest = Callable[[Sequence[UsageRecord]], Awaitable[None]]
+# Takes the JSON of usage records; idempotent by record id. Raises InvariantViolated when one of them can never be
+# stored; anything else passes.
+Ingest = Callable[[Sequence[bytes]], Awaitable[None]]
+
+
+class _Settled(msgspec.Struct):
+    """The id of a settled record; the rest is not looked at."""
+
+    id: UUID
+
+
+_decode_settled = msgspec.json.Decoder(_Settled).decode
 
 
 def frames(data: bytes) -> Iterator[tuple[bytes, int]]:
@@ -69,7 +90,13 @@ class UsageLog:
     """This process's log. Every append is on disk (in the kernel's hands) when it returns."""
 
     def __init__(
-        self, root: Path, name: str, *, segment_bytes: int = SEGMENT_BYTES, most_bytes: int = MOST_BYTES
+        self,
+        root: Path,
+        name: str,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        most_bytes: int = MOST_BYTES,
+        most_in_memory: int = MOST_IN_MEMORY,
     ) -> None:
         # Locked before it can be seen: a sibling that looks for dead processes' logs must not take it for one.
         hidden = root / f".{name}"
@@ -78,50 +105,96 @@ class UsageLog:
         self.directory = hidden.rename(root / name)
         self._segment_bytes = segment_bytes
         self._most_bytes = most_bytes
+        self._most_in_memory = most_in_memory
         self.segment = 0
-        self.closed_segments: set[int] = set()
-        self.open_intents: dict[UUID, int] = {}
+        # How many records had been settled when a segment was closed: once those are in Postgres, only an open intent
+        # needs its bytes.
+        self.closed_segments: dict[int, int] = {}
+        self.open_intents: dict[int, int] = {}
+        self.settled = 0
+        # Records that Postgres has not got yet, oldest first; behind them, in the file only, come those from
+        # `spilled_at` (segment and offset) on.
+        self.unshipped: list[bytes] = []
+        self.spilled_at: tuple[int, int] | None = None
         self.kept_bytes = 0
         self._size = 0
         self._fd = -1
+        self._full: list[int] = []
         self._is_dirty = asyncio.Event()
+        self._is_unsyncable = False
+        self._waiting: list[UsageRecord] = []
         self._roll()
 
     def segment_path(self, number: int) -> Path:
         """The file of one segment; numbers start at 1."""
         return self.directory / f"segment-{number:08d}.log"
 
+    @property
+    def end(self) -> tuple[int, int]:
+        """Segment and offset behind the last frame."""
+        return self.segment, self._size
+
     def intend(self, intent: Intent) -> None:
         """Record an admitted request before it is forwarded. Raises Unavailable when the log cannot take it (A5)."""
         if self.kept_bytes > self._most_bytes:
-            raise Unavailable(
-                "Usage cannot be recorded at the moment; try again later.", code="usage_log_full", retry_after_s=30
-            )
+            raise _unavailable("usage_log_full", 30)
+        if self._is_unsyncable:
+            raise _unavailable("usage_log_failed", 10)
         try:
-            self._append(b"I" + _encode(intent))
+            self._append(_INTENT, _encode(intent))
         except OSError as error:
             log.error("the usage log cannot be written: %s", error)
-            raise Unavailable(
-                "Usage cannot be recorded at the moment; try again later.", code="usage_log_failed", retry_after_s=10
-            ) from error
-        self.open_intents[intent.id] = self.segment
+            raise _unavailable("usage_log_failed", 10) from error
+        # By the integer: hashing a UUID makes a call back into Python.
+        self.open_intents[intent.id.int] = self.segment
 
     def progress(self, progress: Progress) -> None:
         """Record what a stream has relayed. A full disk is no reason to break the stream: logged only."""
         try:
-            self._append(b"P" + _encode(progress))
+            self._append(_PROGRESS, _encode(progress))
         except OSError as error:
             log.error("progress of %s was not recorded: %s", progress.id, error)
 
     def settle(self, record: UsageRecord) -> None:
         """Record how a request ended. Raises OSError when the log cannot take it; its intent then stays open."""
-        self._append(b"S" + _encode(record))
-        self.open_intents.pop(record.id, None)
+        payload = _encode(record)
+        self._append(_SETTLED, payload)
+        self.open_intents.pop(record.id.int, None)
+        self.settled += 1
+        if self.spilled_at is None:
+            if len(self.unshipped) < self._most_in_memory:
+                self.unshipped.append(payload)
+            else:
+                self.spilled_at = self.segment, self._size - _HEADER_AND_KIND.size - len(payload)
 
-    def _append(self, payload: bytes) -> None:
+    def settle_when_possible(self, record: UsageRecord) -> None:
+        """Record how a request ended whose client has all it will get: what the log cannot take now waits for room.
+
+        Until then its intent stays open, so that a kill leaves it as interrupted.
+        """
+        try:
+            self.settle(record)
+        except OSError as error:
+            log.error("usage of %s waits for the log to be writable: %s", record.id, error)
+            self._waiting.append(record)
+
+    def settle_waiting(self) -> None:
+        """Try again what could not be written, for as long as it goes well."""
+        try:
+            while self._waiting:
+                self.settle(self._waiting[0])
+                self._waiting.pop(0)
+        except OSError:
+            pass
+
+    def _append(self, kind: bytes, body: bytes) -> None:
         if self._size >= self._segment_bytes:
             self._roll()
-        frame = _HEADER.pack(len(payload), zlib.crc32(payload)) + payload
+        length = 1 + len(body)
+        if length > LONGEST_FRAME_BYTES:
+            # Whoever reads it would take it for damage.
+            raise InvariantViolated(f"a frame of {length} bytes is too long for the usage log")
+        frame = _HEADER_AND_KIND.pack(length, zlib.crc32(body, _CRC_OF[kind]), kind) + body
         written = os.write(self._fd, frame)
         if written != len(frame):
             # A torn frame in the middle would hide what follows it: cut it off again, or leave this segment.
@@ -137,40 +210,65 @@ class UsageLog:
     def _roll(self) -> None:
         following = self.segment + 1
         descriptor = os.open(self.segment_path(following), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
-        full, self._fd = self._fd, descriptor
-        if full >= 0:
-            self.closed_segments.add(self.segment)
-            try:
-                os.fdatasync(full)
-            except OSError as error:
-                log.error("fdatasync of the usage log failed: %s", error)
-            finally:
-                os.close(full)
-        self.segment, self._size = following, 0
+        if self._fd >= 0:
+            self.closed_segments[self.segment] = self.settled
+            self._full.append(self._fd)
+        self._fd, self.segment, self._size = descriptor, following, 0
 
     async def keep_synced(self) -> None:
-        """Run for the life of the process: fdatasync off-thread, a few milliseconds after the first unsynced append."""
+        """Run for the life of the process: fdatasync off-thread, a few milliseconds after the first unsynced append.
+
+        While that fails no request is admitted (A5): it is tried again, on a new segment, until it goes well.
+        """
         while True:
             await self._is_dirty.wait()
             await asyncio.sleep(SYNC_INTERVAL_S)
             self._is_dirty.clear()
-            descriptor = -1
             try:
-                descriptor = os.dup(self._fd)
-                await asyncio.to_thread(os.fdatasync, descriptor)
+                current = os.dup(self._fd)
+                full, self._full = self._full, []
+                await asyncio.to_thread(_sync_and_close, [*full, current])
+                if self._is_unsyncable:
+                    log.info("the usage log can be synced again")
+                self._is_unsyncable = False
             except OSError as error:
                 log.error("fdatasync of the usage log failed: %s", error)
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
+                self._is_unsyncable = True
+                await asyncio.sleep(SYNC_RETRY_S)
+                # After a failure the kernel takes the file's pages for written: only a new file tells the truth.
+                with contextlib.suppress(OSError):
+                    self._roll()
+                self._is_dirty.set()
 
     def close(self) -> None:
         """Sync and let go; what was not shipped is taken over by the next process."""
-        os.fdatasync(self._fd)
-        os.close(self._fd)
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            full, self._full = self._full, []
+            _sync_and_close([*full, self._fd])
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+
+def _unavailable(code: str, retry_after_s: int) -> Unavailable:
+    return Unavailable(
+        "Usage cannot be recorded at the moment; try again later.", code=code, retry_after_s=retry_after_s
+    )
+
+
+def _sync_and_close(descriptors: Sequence[int]) -> None:
+    """Raises the last OSError, after all were closed."""
+    failure: OSError | None = None
+    for descriptor in descriptors:
+        try:
+            os.fdatasync(descriptor)
+        except OSError as error:
+            failure = error
+        finally:
+            os.close(descriptor)
+    if failure is not None:
+        raise failure
 
 
 class Shipper:
@@ -179,9 +277,8 @@ class Shipper:
     def __init__(self, usage_log: UsageLog, ingest: Ingest) -> None:
         self._log = usage_log
         self._ingest = ingest
-        self._segment = 1
-        self._offset = 0
-        self.shipped = 0
+        self._damaged = usage_log.directory.parent / DAMAGED
+        self._shipped = 0
         self.is_behind = False
 
     async def run(self) -> None:
@@ -203,35 +300,61 @@ class Shipper:
 
     async def ship_once(self) -> int:
         """One batch of the own log: how many records went to Postgres."""
-        path = self._log.segment_path(self._segment)
+        self._log.settle_waiting()
+        if self._log.unshipped:
+            moved = await self._ship_memory()
+        elif self._log.spilled_at is not None:
+            moved = await self._ship_file(*self._log.spilled_at)
+        else:
+            moved = 0
+        self._retire()
+        return moved
+
+    async def _ship_memory(self) -> int:
+        batch = self._log.unshipped[:BATCH_RECORDS]
+        await _ingest_all(batch, self._ingest, self._damaged)
+        del self._log.unshipped[: len(batch)]
+        self._shipped += len(batch)
+        return len(batch)
+
+    async def _ship_file(self, segment: int, offset: int) -> int:
+        path = self._log.segment_path(segment)
         with path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read(BATCH_RECORDS * 1024)
-        records: list[UsageRecord] = []
+            file.seek(offset)
+            data = file.read(_READ_BYTES)
+        records: list[bytes] = []
         end = 0
         for payload, end in frames(data):  # noqa: B007 - the offset behind the last frame is the result.
-            if payload[:1] == b"S":
-                records.append(_decode_record(payload[1:]))
-        await _ingest_all(records, self._ingest, self._log.directory.parent / DAMAGED)
-        self._offset += end
-        self.shipped += len(records)
-        if end == 0 and self._segment < self._log.segment:
-            if self._offset < path.stat().st_size:
-                _keep_damaged(path, self._offset, self._log.directory.parent / DAMAGED)
-            self._segment += 1
-            self._offset = 0
-        self._retire()
+            if payload[:1] == _SETTLED:
+                records.append(payload[1:])
+        await _ingest_all(records, self._ingest, self._damaged)
+        self._shipped += len(records)
+        if end == 0 and segment < self._log.segment:
+            if offset < path.stat().st_size:
+                _keep_damaged(path, offset, self._damaged)
+            # Whatever could be read of it is shipped.
+            self._shipped = self._log.closed_segments[segment]
+            self._log.spilled_at = segment + 1, 0
+        elif (segment, offset + end) == self._log.end:
+            self._shipped = self._log.settled
+            self._log.spilled_at = None
+        else:
+            self._log.spilled_at = segment, offset + end
         return len(records)
 
     def _retire(self) -> None:
         """Delete segments that are shipped and hold no open intent."""
+        shipped = [number for number, settled in self._log.closed_segments.items() if settled <= self._shipped]
+        if not shipped:
+            return
+        reading = self._log.spilled_at[0] if self._log.spilled_at else self._log.segment
         held = set(self._log.open_intents.values())
-        for number in sorted(self._log.closed_segments - held):
-            if number < self._segment:
+        for number in shipped:
+            if number < reading and number not in held:
                 path = self._log.segment_path(number)
                 self._log.kept_bytes -= path.stat().st_size
                 path.unlink()
-                self._log.closed_segments.discard(number)
+                del self._log.closed_segments[number]
 
 
 def lock_directory(directory: Path) -> int | None:
@@ -284,7 +407,17 @@ async def keep_recovering(root: Path, own: str, ingest: Ingest, interval_s: floa
         await asyncio.sleep(pause_s)
 
 
-async def _ingest_all(records: Sequence[UsageRecord], ingest: Ingest, damaged: Path) -> int:
+async def keep_pruning(prune: Callable[[datetime], Awaitable[int]], now: Callable[[], datetime]) -> None:
+    """Run for the life of the process: hourly, delete what is kept for some time only."""
+    while True:
+        try:
+            await prune(now())
+        except Exception as error:
+            log.warning("old decisions were not deleted: %r", error)
+        await asyncio.sleep(PRUNE_INTERVAL_S)
+
+
+async def _ingest_all(records: Sequence[bytes], ingest: Ingest, damaged: Path) -> int:
     """Ship in batches. A record that Postgres will never take is kept for a human and does not hold up the others."""
     for start in range(0, len(records), BATCH_RECORDS):
         batch = records[start : start + BATCH_RECORDS]
@@ -296,7 +429,7 @@ async def _ingest_all(records: Sequence[UsageRecord], ingest: Ingest, damaged: P
                     await ingest([record])
                 except InvariantViolated as error:
                     await asyncio.to_thread(_keep_refused, record, damaged)
-                    log.critical("usage record %s is kept in %s: %s", record.id, damaged, error)
+                    log.critical("usage record %s is kept in %s: %s", _decode_settled(record).id, damaged, error)
     return len(records)
 
 
@@ -316,22 +449,22 @@ class _Leftovers:
         self._intents: dict[UUID, Intent] = {}
         self._progress: dict[UUID, Progress] = {}
 
-    def read(self, path: Path, damaged: Path, *, is_last: bool) -> list[UsageRecord]:
+    def read(self, path: Path, damaged: Path, *, is_last: bool) -> list[bytes]:
         """The settled records of the next segment."""
-        settled: list[UsageRecord] = []
+        settled: list[bytes] = []
         data = path.read_bytes()
         end = 0
         for payload, end in frames(data):  # noqa: B007 - the offset behind the last frame is the result.
             kind, body = payload[:1], payload[1:]
-            if kind == b"S":
-                record = _decode_record(body)
-                settled.append(record)
-                self._intents.pop(record.id, None)
-                self._progress.pop(record.id, None)
-            elif kind == b"I":
+            if kind == _SETTLED:
+                settled.append(body)
+                ended = _decode_settled(body).id
+                self._intents.pop(ended, None)
+                self._progress.pop(ended, None)
+            elif kind == _INTENT:
                 intent = _decode_intent(body)
                 self._intents[intent.id] = intent
-            elif kind == b"P":
+            elif kind == _PROGRESS:
                 step = _decode_progress(body)
                 if step.id in self._intents:
                     self._progress[step.id] = step
@@ -339,9 +472,9 @@ class _Leftovers:
             _keep_damaged(path, end, damaged)
         return settled
 
-    def interrupted(self) -> list[UsageRecord]:
+    def interrupted(self) -> list[bytes]:
         """The records of requests that nobody settled."""
-        return [interrupted(intent, self._progress.get(intent.id)) for intent in self._intents.values()]
+        return [_encode(interrupted(intent, self._progress.get(intent.id))) for intent in self._intents.values()]
 
 
 def _is_torn(rest: bytes) -> bool:
@@ -352,11 +485,11 @@ def _is_torn(rest: bytes) -> bool:
     return len(rest) - _HEADER.size < length <= LONGEST_TORN_BYTES
 
 
-def _keep_refused(record: UsageRecord, damaged: Path) -> None:
+def _keep_refused(record: bytes, damaged: Path) -> None:
     """Keep a record for a human, as one line of JSON."""
     damaged.mkdir(exist_ok=True)
     with (damaged / "refused.jsonl").open("ab") as file:
-        file.write(_encode(record) + b"\n")
+        file.write(record + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

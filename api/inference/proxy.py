@@ -32,7 +32,7 @@ from crosslogic.domain.affinity import prefix_blocks
 from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.scheduling import Choice
-from crosslogic.domain.usage import Outcome, Progress
+from crosslogic.domain.usage import Outcome, Progress, TokenSource, WasteReason
 
 log = logging.getLogger("crosslogic.relay")
 
@@ -57,6 +57,9 @@ USUAL_LEAD_TIME_S = 60
 # 401, 403, 404 and 405 mean that we and the engine do not fit together; the client's request is not at fault.
 ENGINE_AT_FAULT = frozenset({401, 403, 404, 405})
 BUSY = frozenset({408, 429})
+
+# A node that fails so has read nothing.
+UNREAD = frozenset({FailureKind.CONNECT, FailureKind.BUSY, FailureKind.ERROR})
 
 OUR_FAILURES = frozenset({Outcome.FAILED, Outcome.CUT})
 
@@ -180,16 +183,17 @@ class Relay:
             told = "" if events is None else "".join(events.told.text(channel) for channel in events.told.texts)
             counts = await count_tokens(relayed.node.upstream, relayed.call, told)
             if counts is not None:
-                usage = (*counts, 0)
+                relayed.charge((*counts, 0), lambda: 0, TokenSource.TOKENIZER)
+                return
         relayed.charge(usage, lambda: 0 if events is None else events.tokens)
 
     def _finish(self, relayed: Relayed) -> None:
-        record = relayed.record(self._loop.time())
-        if not relayed.is_settled:
-            try:
-                self._usage_log.settle(record)
-            except OSError as error:
-                log.error("usage of %s could not be settled: %s", relayed.shown_id, error)
+        record = relayed.settled
+        if record is None:
+            record = relayed.record(self._loop.time())
+            self._usage_log.settle_when_possible(record)
+        for waste in record.waste:
+            self._observer.wasted(waste.prompt_tokens, waste.completion_tokens)
         self._observer.finished(record, is_reserved=relayed.hold.is_reserved)
         if relayed.trace is not None and relayed.trace.is_sampled:
             relayed.trace.finish(record, _tries_of(relayed))
@@ -204,8 +208,9 @@ class Relay:
 
     def _settle(self, relayed: Relayed) -> None:
         """Put the usage record into the durable log, once. Raises OSError."""
-        self._usage_log.settle(relayed.record(self._loop.time()))
-        relayed.is_settled = True
+        record = relayed.record(self._loop.time())
+        self._usage_log.settle(record)
+        relayed.settled = record
 
     async def _relay(self, relayed: Relayed) -> None:
         own_body = body = relayed.call.engine_body(relayed.model)
@@ -243,7 +248,8 @@ class Relay:
                     self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
                     tried.append(node)
                 if relayed.has_begun:
-                    way = self._way_on(relayed, way, failure, is_late=is_late)
+                    last, way = way, self._way_on(relayed, way, failure, is_late=is_late)
+                    self._book_waste(relayed, node, last, way)
                     self._observer.continued(way.value)
                     if way is Way.NONE:
                         self._cut(relayed)
@@ -257,6 +263,8 @@ class Relay:
                     body = body_for(relayed.call, relayed.model, events.told) if is_extended else own_body
                     continue
                 relayed.is_accepted = False
+                if failure.kind not in UNREAD:
+                    relayed.waste_on(node, WasteReason.FAILED_TRY, relayed.intent.estimated_prompt_tokens, 0)
                 if is_late:
                     raise Unavailable(
                         f"{relayed.model.name} did not answer in time; ask for fewer tokens or stream the answer.",
@@ -358,6 +366,16 @@ class Relay:
             suspects.append(node)
         elif not is_late and node.failed(kind, self._loop.time()):
             log.warning("node %s is left out for now: %s", node.entry.node_id, kind)
+
+    def _book_waste(self, relayed: Relayed, node: Node, last: Way, way: Way) -> None:
+        """A node broke off: what it did is in vain unless another extends it, and so is what it had read once more."""
+        events = relayed.events
+        assert events is not None
+        prompt, told = relayed.intent.estimated_prompt_tokens, events.tokens
+        if way in (Way.REPEAT, Way.RESTART, Way.NONE):
+            relayed.waste_on(node, WasteReason.CUT_STREAM, prompt, told)
+        elif last is Way.EXTEND:
+            relayed.waste_on(node, WasteReason.REREAD_PREFIX, prompt + events.told_before, 0)
 
     def _way_on(self, relayed: Relayed, last: Way, failure: NodeFailure, *, is_late: bool) -> Way:
         """How the broken answer goes on, if it may at all (H2)."""
@@ -520,7 +538,7 @@ class Relay:
         node.succeeded(self._loop.time())
         with contextlib.suppress(NodeFailure):
             await connection.read(self._loop.time() + LAST_WORDS_S, FailureKind.STALLED)
-        self._end(relayed)
+        self._end(relayed, way)
 
     def _events_for(self, relayed: Relayed, way: Way) -> EventStream:
         events = relayed.events
@@ -528,15 +546,20 @@ class Relay:
             events = relayed.events = EventStream(relayed.model.name, wants_usage=relayed.call.wants_usage_chunk)
         elif way is Way.EXTEND:
             events.go_on(ExtendedAnswer(events.told, relayed.call.kind))
+            relayed.continuations += 1
         else:
             events.go_on(RepeatedAnswer(events.told))
+            relayed.continuations += 1
         return events
 
-    def _end(self, relayed: Relayed) -> None:
+    def _end(self, relayed: Relayed, way: Way = Way.FINISH) -> None:
         """The stream is complete: settle it, and only then send its last bytes (A1)."""
         events = relayed.events
         assert events is not None
         relayed.charge(usage_tokens(events.usage), lambda: events.tokens)
+        if way is Way.EXTEND and relayed.node is not None:
+            again = relayed.prompt_tokens + events.told_before
+            relayed.waste_on(relayed.node, WasteReason.REREAD_PREFIX, again, 0)
         relayed.outcome = Outcome.COMPLETED
         try:
             self._settle(relayed)
@@ -616,7 +639,17 @@ class Relay:
                 tokens = relayed.events.tokens
                 if tokens != relayed.reported_tokens:
                     relayed.reported_tokens = tokens
-                    self._usage_log.progress(Progress(relayed.id, relayed.node.id, relayed.node.entry.region, tokens))
+                    self._usage_log.progress(
+                        Progress(
+                            relayed.id,
+                            relayed.node.id,
+                            relayed.node.entry.region,
+                            tokens,
+                            tries=len(relayed.tries),
+                            continuations=relayed.continuations,
+                            waste=tuple(relayed.waste),
+                        )
+                    )
 
     @property
     def streams(self) -> int:

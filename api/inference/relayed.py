@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from api.inference.admission import Place
@@ -19,7 +20,15 @@ from crosslogic.domain.catalog import Model
 from crosslogic.domain.regions import RegionPlan
 from crosslogic.domain.scheduling import Choice
 from crosslogic.domain.tenancy import Principal
-from crosslogic.domain.usage import Intent, Outcome, TokenSource, UsageRecord, list_price_microdollars
+from crosslogic.domain.usage import (
+    Intent,
+    Outcome,
+    TokenSource,
+    UsageRecord,
+    Waste,
+    WasteReason,
+    list_price_microdollars,
+)
 
 _EVENT_STREAM = b"text/event-stream; charset=utf-8\r\ncache-control: no-cache"
 
@@ -63,6 +72,7 @@ class Relayed:
         "choice",
         "completion_tokens",
         "connection",
+        "continuations",
         "deadline_at",
         "deadlines",
         "events",
@@ -72,7 +82,6 @@ class Relayed:
         "id",
         "intent",
         "is_accepted",
-        "is_settled",
         "marks",
         "model",
         "node",
@@ -84,6 +93,7 @@ class Relayed:
         "prompt_tokens",
         "reported_tokens",
         "sent_at",
+        "settled",
         "shown_id",
         "source",
         "started_at",
@@ -92,6 +102,7 @@ class Relayed:
         "trace",
         "tries",
         "ttft_s",
+        "waste",
         "work_tokens",
     )
 
@@ -132,13 +143,15 @@ class Relayed:
         self.choice: Choice[Node] | None = None
         self.tries: list[Tried] = []
         self.takeovers = 0
+        self.continuations = 0
+        self.waste: list[Waste] = []
         # What the answer will keep a node busy with: an expectation, where the hold is a bound.
         self.work_tokens = 0
         self.trace: Trace | None = None
         self.marks: Marks | None = None
         self.has_begun = False
         self.is_accepted = False
-        self.is_settled = False
+        self.settled: UsageRecord | None = None
         self.on_begin: Callable[[Relayed], None] | None = None
         self.reported_tokens = 0
         self.prompt_tokens = 0
@@ -232,18 +245,23 @@ class Relayed:
 
     # The account
 
-    def charge(self, usage: tuple[int, int, int] | None, count: Callable[[], int]) -> None:
-        """Set the tokens from the engine's usage where it can be believed, else from what we `count`."""
+    def charge(
+        self,
+        usage: tuple[int, int, int] | None,
+        count: Callable[[], int],
+        source: TokenSource = TokenSource.ENGINE,
+    ) -> None:
+        """Set the tokens from the engine's usage (or its tokenizer's) where it can be believed, else as we `count`."""
         is_embedding = self.call.kind == "embedding"
         if is_embedding:
             usage = None if usage is None else (usage[0], 0, usage[2])
         if usage is not None and self._is_possible(*usage):
             self.prompt_tokens, self.completion_tokens, self.cached_tokens = usage
-            self.source = TokenSource.ENGINE
+            self.source = source
         else:
             self.prompt_tokens = self.intent.estimated_prompt_tokens
             self.completion_tokens = 0 if is_embedding else count()
-            self.source = TokenSource.COUNTED
+            self.source = TokenSource.CHUNKS
 
     def _is_possible(self, prompt: int, completion: int, cached: int) -> bool:
         """No engine can read more than its context and what was sent, or say more than it was allowed to."""
@@ -287,4 +305,23 @@ class Relayed:
                 intent.output_price_e10,
                 intent.multiplier_bp,
             ),
+            reservation_id=intent.reservation_id,
+            tries=len(self.tries),
+            continuations=self.continuations,
+            waste=tuple(self.waste),
+            decision=self.decision(),
         )
+
+    def decision(self) -> list[Any]:
+        """Why the request went where it went, for crosslogic.domain.scheduling.explained: short, for each leaves one."""
+        hold = self.hold
+        return [
+            [[*tried.choice.compact(), tried.failure] for tried in self.tries],
+            hold.standing,
+            hold.would_refuse,
+            hold.is_reserved,
+        ]
+
+    def waste_on(self, node: Node, reason: WasteReason, prompt_tokens: int, completion_tokens: int) -> None:
+        """What a node read and made that the client does not pay for (A3)."""
+        self.waste.append(Waste(node.id, node.entry.region, reason, prompt_tokens, completion_tokens))

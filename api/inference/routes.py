@@ -192,7 +192,8 @@ class Inference:
         )
         intent = Intent(
             id=request_id,
-            client_request_id=client_request_id[:LONGEST_CLIENT_REQUEST_ID].decode("latin-1"),
+            # Postgres has no place for NUL in text.
+            client_request_id=client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1"),
             org_id=principal.org_id,
             environment_id=principal.environment_id,
             key_id=principal.key_id,
@@ -218,6 +219,8 @@ class Inference:
                 code="reservation_exhausted",
                 retry_after_s=RESERVATION_WAIT_S,
             )
+        if reserved is not None and hold.is_reserved:
+            intent.reservation_id = reserved.id
         try:
             self._usage_log.intend(intent)
         except BaseException:

@@ -126,29 +126,55 @@ class Choice(Generic[C]):
 
     def explain(self) -> dict[str, Any]:
         """Everything as JSON; nodes by their ids, no addresses."""
-        return {
-            "node": self.node.shown_id.decode(),
-            "strategy": self.strategy,
-            "reason": self.reason,
-            "eligible": self.eligible,
-            "ejected": self.ejected,
-            "compared": [
-                {
-                    "node": node.shown_id.decode(),
-                    "score_s": round(score_s, 6),
-                    "tokens_in_flight": tokens,
-                    "ttft_ms": round(ttft_s * 1000),
-                    "weight": round(weight, 3),
-                }
-                for node, score_s, tokens, ttft_s, weight in self.compared
-            ],
-        }
+        return explained(self.compact())
+
+    def compact(self) -> tuple[Any, ...]:
+        """The same in order, without names: cheap enough to be kept for every request (see `explained`)."""
+        compared = [(weighed[0].shown_id.decode(), *weighed[1:]) for weighed in self.compared]
+        return (self.node.shown_id.decode(), self.strategy, self.reason, self.eligible, self.ejected, compared)
 
     def header(self) -> bytes:
         """One line for `x-crosslogic-decision`: who was compared, and the seconds that decided."""
         compared = b", ".join(b"%b=%.3f" % (weighed[0].shown_id, weighed[1]) for weighed in self.compared)
         words = (self.strategy.encode(), self.reason.encode(), self.eligible, self.ejected, compared)
         return b"strategy=%b; reason=%b; eligible=%d; ejected=%d; compared=%b" % words
+
+
+def explained(choice: Sequence[Any]) -> dict[str, Any]:
+    """A `compact` choice with names, also after JSON."""
+    node, strategy, reason, eligible, ejected, compared = choice
+    return {
+        "node": node,
+        "strategy": strategy,
+        "reason": reason,
+        "eligible": eligible,
+        "ejected": ejected,
+        "compared": [
+            {
+                "node": other,
+                "score_s": round(score_s, 6),
+                "tokens_in_flight": tokens,
+                "ttft_ms": round(ttft_s * 1000),
+                "weight": round(weight, 3),
+            }
+            for other, score_s, tokens, ttft_s, weight in compared
+        ],
+    }
+
+
+def explained_decision(decision: Sequence[Any]) -> dict[str, Any]:
+    """What is kept of each request, with names: its tries in order, and how the limits stood when it was admitted."""
+    tries, standing, would_refuse, is_reserved = decision
+    limits = {
+        noun: None if allowance is None else dict(zip(("limit", "remaining", "reset_ms"), allowance, strict=True))
+        for noun, allowance in zip(("requests", "tokens"), standing, strict=True)
+    }
+    return {
+        "tries": [{**explained(choice), "failure": failure or None} for *choice, failure in tries],
+        "limits": limits,
+        "would_refuse": [{"layer": layer, "limit": limit} for layer, limit in would_refuse],
+        "is_reserved": is_reserved,
+    }
 
 
 def load_s(node: Candidate, now: float) -> float:

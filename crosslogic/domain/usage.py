@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 from uuid import UUID
 
 
@@ -21,12 +22,38 @@ class Outcome(StrEnum):
 class TokenSource(StrEnum):
     """Who counted the tokens."""
 
-    ENGINE = "engine"
-    COUNTED = "counted"
+    ENGINE = "engine"  # The engine's usage.
+    TOKENIZER = "tokenizer"  # The engine's tokenizer, asked about what was relayed.
+    CHUNKS = "chunks"  # We, by the chunks that were relayed.
+    COUNTED = "counted"  # What earlier versions wrote for CHUNKS.
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True)
+class WasteReason(StrEnum):
+    """Why nobody pays for what a node did."""
+
+    FAILED_TRY = "failed_try"  # The node failed before the client had a byte.
+    CUT_STREAM = "cut_stream"  # The answer broke off and could not be continued.
+    REREAD_PREFIX = "reread_prefix"  # Another node went on: it read the prompt and the answer so far once more.
+    NOT_RELAYED = "not_relayed"  # Made beyond what the client was sent.
+
+
+# The following are made once or more for each request. They are never changed, but not frozen: a frozen dataclass of
+# this size takes three times as long to make.
+
+
+@dataclass(slots=True)
+class Waste:
+    """Tokens that a node read and made for a request and that the client does not pay for: the internal account."""
+
+    node_id: UUID
+    region: str
+    reason: WasteReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(slots=True)
 class Intent:
     """What is known of a request when it is admitted; written before it is forwarded."""
 
@@ -43,21 +70,34 @@ class Intent:
     input_price_e10: int
     output_price_e10: int
     multiplier_bp: int
+    reservation_id: UUID | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Progress:
-    """What a running stream has relayed so far; written at least every second."""
+    """What a running stream has relayed so far; written at least every second. The last one tells all of it.
+
+    `prompt_tokens` is None while no engine has said it.
+    """
 
     id: UUID
     node_id: UUID
     served_region: str
     completion_tokens: int
+    prompt_tokens: int | None = None
+    token_source: TokenSource = TokenSource.CHUNKS
+    tries: int = 1
+    continuations: int = 0
+    waste: tuple[Waste, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UsageRecord:
-    """One request, as stored and billed. Tokens are what is charged; the list price is for display only."""
+    """One request, as stored and billed. Tokens are what is charged; the list price is for display only.
+
+    `tries` is how many nodes were asked, `continuations` how often another node went on with an answer. `decision` is a
+    small JSON document for whoever asks why the request went where it went; it is kept for a week.
+    """
 
     id: UUID
     client_request_id: str
@@ -79,6 +119,11 @@ class UsageRecord:
     status: int
     outcome: Outcome
     list_price_microdollars: int
+    reservation_id: UUID | None = None
+    tries: int = 0
+    continuations: int = 0
+    waste: tuple[Waste, ...] = ()
+    decision: Any | None = None
 
 
 def list_price_microdollars(
@@ -94,8 +139,11 @@ def interrupted(intent: Intent, progress: Progress | None) -> UsageRecord:
 
     Without progress nothing reached the client as far as anyone knows, so nothing is charged.
     """
-    prompt = intent.estimated_prompt_tokens if progress else 0
-    completion = progress.completion_tokens if progress else 0
+    if progress is None:
+        prompt = completion = 0
+    else:
+        prompt = intent.estimated_prompt_tokens if progress.prompt_tokens is None else progress.prompt_tokens
+        completion = progress.completion_tokens
     return UsageRecord(
         id=intent.id,
         client_request_id=intent.client_request_id,
@@ -111,7 +159,7 @@ def interrupted(intent: Intent, progress: Progress | None) -> UsageRecord:
         prompt_tokens=prompt,
         completion_tokens=completion,
         cached_tokens=0,
-        token_source=TokenSource.COUNTED if progress else TokenSource.NONE,
+        token_source=progress.token_source if progress else TokenSource.NONE,
         latency_ms=0,
         ttft_ms=None,
         status=0,
@@ -119,4 +167,8 @@ def interrupted(intent: Intent, progress: Progress | None) -> UsageRecord:
         list_price_microdollars=list_price_microdollars(
             prompt, completion, intent.input_price_e10, intent.output_price_e10, intent.multiplier_bp
         ),
+        reservation_id=intent.reservation_id,
+        tries=progress.tries if progress else 0,
+        continuations=progress.continuations if progress else 0,
+        waste=progress.waste if progress else (),
     )

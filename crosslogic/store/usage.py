@@ -3,35 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, cast
 from uuid import UUID
 
 import asyncpg
+import msgspec
 
 from crosslogic.domain.errors import InvariantViolated
-from crosslogic.domain.ids import unix_ms_of
-from crosslogic.domain.usage import UsageRecord
+from crosslogic.domain.ids import uuid7
+
+# How long it can be asked why a request went where it went.
+DECISIONS_KEPT = timedelta(days=7)
+PRUNED_AT_ONCE = 5000
+# A NUL character in JSON, or an escaped backslash before "u0000": worth a look.
+_NUL = b"\\u0000"
 
 
 class UsageStore:
     """The ledger's raw facts. A record is written once and never changed."""
 
-    INSERT = """
-        INSERT INTO usage_records (
-            id, admitted_at, client_request_id, org_id, environment_id, key_id, home_region, served_region, model,
-            node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens, token_source,
-            latency_ms, ttft_ms, status, outcome, list_price_microdollars)
-        SELECT id, to_timestamp(admitted_ms / 1000.0), client_request_id, org_id, environment_id, key_id, home_region,
-               served_region, model, node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens,
-               cached_tokens, token_source, latency_ms, ttft_ms, status, outcome, list_price_microdollars
-        FROM unnest($1::uuid[], $2::bigint[], $3::text[], $4::uuid[], $5::uuid[], $6::uuid[], $7::text[], $8::text[],
-                    $9::text[], $10::uuid[], $11::text[], $12::bool[], $13::bigint[], $14::bigint[], $15::bigint[],
-                    $16::text[], $17::int[], $18::int[], $19::int[], $20::text[], $21::bigint[])
-             AS r (id, admitted_ms, client_request_id, org_id, environment_id, key_id, home_region, served_region,
-                   model, node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens,
-                   token_source, latency_ms, ttft_ms, status, outcome, list_price_microdollars)
+    # One parameter and one statement for records, waste and decisions: the three are there together or not at all, and
+    # waste and decision only with the record that was the first of its id. As `json`, not `jsonb`: it is read once.
+    ADD = """
+        WITH given AS MATERIALIZED (
+            SELECT DISTINCT ON (id) *
+            FROM ROWS FROM (json_to_recordset($1::json) AS (
+                id UUID, client_request_id TEXT, org_id UUID, environment_id UUID, key_id UUID, reservation_id UUID,
+                home_region TEXT, served_region TEXT, model TEXT, node_id UUID, endpoint_kind TEXT, is_streamed BOOLEAN,
+                prompt_tokens BIGINT, completion_tokens BIGINT, cached_tokens BIGINT, token_source TEXT,
+                latency_ms INTEGER, ttft_ms INTEGER, status INTEGER, outcome TEXT, list_price_microdollars BIGINT,
+                tries INTEGER, continuations INTEGER, waste JSON, decision JSONB
+            )) WITH ORDINALITY AS r (
+                id, client_request_id, org_id, environment_id, key_id, reservation_id,
+                home_region, served_region, model, node_id, endpoint_kind, is_streamed,
+                prompt_tokens, completion_tokens, cached_tokens, token_source,
+                latency_ms, ttft_ms, status, outcome, list_price_microdollars,
+                tries, continuations, waste, decision, position)
+            ORDER BY id, position
+        ), added AS (
+            INSERT INTO usage_records (
+                id, admitted_at, client_request_id, org_id, environment_id, key_id, reservation_id, home_region,
+                served_region, model, node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens,
+                cached_tokens, token_source, latency_ms, ttft_ms, status, outcome, list_price_microdollars, tries,
+                continuations)
+            SELECT id,
+                   -- The first 48 bits of a UUIDv7 are its Unix time in milliseconds.
+                   'epoch'::timestamptz
+                       + ('x' || left(translate(id::text, '-', ''), 12))::bit(48)::bigint * interval '1 ms',
+                   client_request_id, org_id, environment_id, key_id, reservation_id, home_region, served_region, model,
+                   node_id, endpoint_kind, is_streamed, prompt_tokens, completion_tokens, cached_tokens, token_source,
+                   latency_ms, ttft_ms, status, outcome, list_price_microdollars, coalesce(tries, 0),
+                   coalesce(continuations, 0)
+            FROM given
+            ON CONFLICT (id) DO NOTHING
+            RETURNING id
+        ), wasted AS (
+            INSERT INTO usage_waste (
+                request_id, attempt, node_id, served_region, model, reason, prompt_tokens, completion_tokens)
+            SELECT given.id, w.attempt, w.node_id, w.region, given.model, w.reason, w.prompt_tokens, w.completion_tokens
+            FROM given JOIN added USING (id), ROWS FROM (json_to_recordset(given.waste) AS (
+                node_id UUID, region TEXT, reason TEXT, prompt_tokens BIGINT, completion_tokens BIGINT
+            )) WITH ORDINALITY AS w (node_id, region, reason, prompt_tokens, completion_tokens, attempt)
+            ON CONFLICT (request_id, attempt) DO NOTHING
+        )
+        INSERT INTO request_decisions (id, decision)
+        SELECT id, decision FROM given JOIN added USING (id) WHERE decision IS NOT NULL
         ON CONFLICT (id) DO NOTHING
+    """
+
+    PRUNE_DECISIONS = """
+        DELETE FROM request_decisions
+        WHERE id IN (SELECT id FROM request_decisions WHERE id < $1 ORDER BY id LIMIT $2)
     """
 
     SUM_ENVIRONMENT = """
@@ -62,42 +105,32 @@ class UsageStore:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def add(self, records: Sequence[UsageRecord]) -> None:
-        """Write records; those that are there already are left alone (A2, B2).
+    async def add(self, payloads: Sequence[bytes]) -> None:
+        """Write records, each the JSON of a UsageRecord; those that are there already are left alone (A2, B2).
 
-        Raises InvariantViolated when Postgres will never take one of them; then none was written.
+        Their waste and decisions come with them. Raises InvariantViolated when Postgres will never take one of them;
+        then none was written.
         """
-        rows = [
-            (
-                record.id,
-                unix_ms_of(record.id),
-                record.client_request_id.replace("\x00", ""),
-                record.org_id,
-                record.environment_id,
-                record.key_id,
-                record.home_region,
-                record.served_region,
-                record.model,
-                record.node_id,
-                record.endpoint_kind,
-                record.is_streamed,
-                record.prompt_tokens,
-                record.completion_tokens,
-                record.cached_tokens,
-                record.token_source.value,
-                record.latency_ms,
-                record.ttft_ms,
-                record.status,
-                record.outcome.value,
-                record.list_price_microdollars,
-            )
-            for record in records
-        ]
-        if rows:
-            try:
-                await self._pool.execute(self.INSERT, *(list(column) for column in zip(*rows, strict=True)))
-            except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
-                raise InvariantViolated(f"Postgres refuses a usage record: {error}") from error
+        if not payloads:
+            return
+        document = b"[" + b",".join(payloads) + b"]"
+        if _NUL in document:
+            document = _without_nul(document)
+        try:
+            await self._pool.execute(self.ADD, document.decode())
+        except (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, UnicodeDecodeError) as error:
+            raise InvariantViolated(f"Postgres refuses a usage record: {error}") from error
+
+    async def prune_decisions(self, now: datetime) -> int:
+        """Delete the decisions of requests that were admitted more than a week ago; how many they were."""
+        until = uuid7(int((now - DECISIONS_KEPT).timestamp() * 1000), 0)
+        pruned = 0
+        while True:
+            # In small statements, so that none holds its locks for long.
+            deleted = int((await self._pool.execute(self.PRUNE_DECISIONS, until, PRUNED_AT_ONCE)).split()[-1])
+            pruned += deleted
+            if deleted < PRUNED_AT_ONCE:
+                return pruned
 
     async def sum_environment(self, environment_id: UUID, start_at: datetime, end_at: datetime) -> list[dict[str, Any]]:
         """Requests and tokens of one environment by model, admitted in [start_at, end_at)."""
@@ -118,3 +151,18 @@ class UsageStore:
         """
         rows = await self._pool.fetch(self.SUM_BY, list(dimensions), start_at, end_at, org_id, limit)
         return [dict(row) for row in rows]
+
+
+def _without_nul(document: bytes) -> bytes:
+    """The same JSON without NUL characters, which Postgres has no place for in text."""
+    return msgspec.json.encode(_strip(msgspec.json.decode(document)))
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\x00", "")
+    if isinstance(value, list):
+        return [_strip(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {_strip(name): _strip(item) for name, item in cast("dict[str, Any]", value).items()}
+    return value

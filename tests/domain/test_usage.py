@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from uuid import UUID
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, interrupted, list_price_microdollars
+from crosslogic.domain.usage import (
+    Intent,
+    Outcome,
+    Progress,
+    TokenSource,
+    Waste,
+    WasteReason,
+    interrupted,
+    list_price_microdollars,
+)
 
 TOKENS = st.integers(0, 1 << 40)
 INTENT = Intent(
@@ -47,11 +57,22 @@ class TestListPrice:
 class TestInterrupted:
     def test_charges_the_prompt_and_what_was_last_recorded(self) -> None:
         record = interrupted(INTENT, Progress(INTENT.id, UUID(int=9), "us-east", 500))
-        assert (record.outcome, record.token_source) == (Outcome.INTERRUPTED, TokenSource.COUNTED)
+        assert (record.outcome, record.token_source) == (Outcome.INTERRUPTED, TokenSource.CHUNKS)
         assert (record.prompt_tokens, record.completion_tokens) == (1000, 500)
         assert (record.served_region, record.node_id) == ("us-east", UUID(int=9))
         # 1 500 tokens × $0.60 a million × 0.7.
         assert record.list_price_microdollars == 630
+
+    def test_charges_the_prompt_that_an_engine_has_counted(self) -> None:
+        node, wasted = UUID(int=9), Waste(UUID(int=8), "us-east", WasteReason.REREAD_PREFIX, 1040, 0)
+        progress = Progress(
+            INTENT.id, node, "us-east", 500, 990, TokenSource.ENGINE, tries=2, continuations=1, waste=(wasted,)
+        )
+        reserved = replace(INTENT, reservation_id=UUID(int=7))
+        record = interrupted(reserved, progress)
+        assert (record.prompt_tokens, record.completion_tokens, record.token_source) == (990, 500, TokenSource.ENGINE)
+        assert (record.tries, record.continuations, record.waste) == (2, 1, (wasted,))
+        assert record.reservation_id == UUID(int=7)
 
     def test_charges_nothing_when_nothing_is_known_to_have_been_relayed(self) -> None:
         record = interrupted(INTENT, None)

@@ -87,7 +87,7 @@ class TestChat:
         api = await make_api(engine)
         assert (await api.chat(stream=True)).status_code == 200
         record = await api.fleet.record()
-        assert (record["completion_tokens"], record["token_source"]) == (2, "counted")
+        assert (record["completion_tokens"], record["token_source"]) == (2, "chunks")
         assert record["prompt_tokens"] > 0
 
     @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ class TestChat:
         api = await make_api(engine)
         assert (await api.chat()).status_code == 200
         record = await api.fleet.record()
-        assert record["token_source"] == "counted"
+        assert record["token_source"] == "chunks"
         assert record["completion_tokens"] == 2
         assert record["prompt_tokens"] < 100
 

@@ -66,7 +66,7 @@ class TestH1:
         assert await (await engine.request()).closed() - left_at < WITHIN_S
         record = await api.fleet.record()
         assert (record["outcome"], record["status"], record["completion_tokens"]) == ("client_gone", 200, 3)
-        assert (record["token_source"], record["node_id"] is not None) == ("counted", True)
+        assert (record["token_source"], record["node_id"] is not None) == ("chunks", True)
         assert record["prompt_tokens"] > 0
         assert tokens_in_flight(api) == [0]
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import os
+import random
 import shutil
 import struct
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from api.inference import metering
 from api.inference.metering import Shipper, UsageLog, frames, recover
 from crosslogic.domain.errors import InvariantViolated, Unavailable
-from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, UsageRecord
+from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, UsageRecord, Waste, WasteReason
 from crosslogic.new_ids import new_id
 
 ORG, ENVIRONMENT, KEY, NODE = (UUID(int=number) for number in range(1, 5))
@@ -67,19 +74,27 @@ def _record(intent: Intent, tokens: int = 7) -> UsageRecord:
     )
 
 
+_read = msgspec.json.Decoder(UsageRecord).decode
+
+
 class Ledger:
     """Where records go: idempotent by id, and away when told so."""
 
     def __init__(self) -> None:
         self.records: dict[UUID, UsageRecord] = {}
         self.calls = 0
+        self.deliveries = 0
         self.is_away = False
 
-    async def add(self, records: Sequence[UsageRecord]) -> None:
+    async def add(self, payloads: Sequence[bytes]) -> None:
+        # As with a real database, others have their turn in between.
+        await asyncio.sleep(0)
         if self.is_away:
             raise ConnectionError("away")
         self.calls += 1
-        for record in records:
+        for payload in payloads:
+            record = _read(payload)
+            self.deliveries += 1
             self.records.setdefault(record.id, record)
 
 
@@ -95,6 +110,21 @@ def _copy_of(directory: Path) -> Path:
 
 def _segments(directory: Path) -> list[Path]:
     return sorted(directory.glob("segment-*.log"))
+
+
+async def _until(look: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if look():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("not within 5 s")
+
+
+async def _until_shipped(log: UsageLog, shipper: Shipper) -> None:
+    for _ in range(4 * log.segment + 20):
+        await shipper.ship_once()
+    assert log.unshipped == []
+    assert log.spilled_at is None
 
 
 def _frame(payload: bytes) -> bytes:
@@ -191,8 +221,129 @@ class TestUsageLog:
         assert not task.done()
         task.cancel()
 
+    async def test_a5_what_cannot_be_settled_waits_for_room_and_stays_an_open_intent(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log, ledger = UsageLog(tmp_path, "a"), Ledger()
+        shipper = Shipper(log, ledger.add)
+        intents = [_intent(number) for number in range(3)]
+        for intent in intents:
+            log.intend(intent)
+
+        def full(descriptor: int, data: bytes) -> int:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="no space"):
+            log.settle(_record(intents[0]))
+        for intent in intents[:2]:
+            log.settle_when_possible(_record(intent))
+        assert await shipper.ship_once() == 0
+        assert len(log.open_intents) == 3
+        monkeypatch.undo()
+        assert await shipper.ship_once() == 2
+        assert set(ledger.records) == {intent.id for intent in intents[:2]}
+        assert list(log.open_intents) == [intents[2].id.int]
+        assert await shipper.ship_once() == 0
+        assert ledger.deliveries == 2
+
+    async def test_a5_admits_nothing_while_it_cannot_be_synced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log, ledger = UsageLog(tmp_path, "a"), Ledger()
+        first = _intent()
+        tried = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def broken(descriptor: int) -> None:
+            loop.call_soon_threadsafe(tried.set)
+            raise OSError("I/O error")
+
+        monkeypatch.setattr(os, "fdatasync", broken)
+        monkeypatch.setattr(metering, "SYNC_RETRY_S", 0.01)
+        task = asyncio.create_task(log.keep_synced())
+        log.intend(first)
+        await asyncio.wait_for(tried.wait(), 5)
+        await _until(lambda: log.segment > 2)
+        with pytest.raises(Unavailable) as caught:
+            log.intend(_intent())
+        assert caught.value.code == "usage_log_failed"
+        # What was admitted before ends as it should.
+        log.settle(_record(first))
+        monkeypatch.undo()
+
+        def admits() -> bool:
+            with contextlib.suppress(Unavailable):
+                log.intend(_intent())
+                return True
+            return False
+
+        await _until(admits)
+        task.cancel()
+        assert await Shipper(log, ledger.add).ship_once() == 1
+
+    async def test_a_frame_that_no_reader_would_believe_is_not_written(self, tmp_path: Path) -> None:
+        log = UsageLog(tmp_path, "a")
+        record = _record(_intent())
+        record.decision = "x" * (1 << 20)
+        with pytest.raises(InvariantViolated):
+            log.settle(record)
+        assert log.kept_bytes == 0
+
 
 class TestShipper:
+    async def test_reads_no_file_while_memory_holds_what_is_settled(self, tmp_path: Path) -> None:
+        log, ledger = UsageLog(tmp_path, "a"), Ledger()
+        record = _record(_intent())
+        log.settle(record)
+        _segments(log.directory)[0].write_bytes(b"")
+        assert await Shipper(log, ledger.add).ship_once() == 1
+        assert ledger.records == {record.id: record}
+
+    async def test_what_memory_is_not_to_hold_comes_from_the_file_once(self, tmp_path: Path) -> None:
+        log, ledger = UsageLog(tmp_path, "a", segment_bytes=2000, most_in_memory=3), Ledger()
+        shipper = Shipper(log, ledger.add)
+        ledger.is_away = True
+        intents = [_intent(number) for number in range(20)]
+        for intent in intents:
+            log.intend(intent)
+            log.settle(_record(intent))
+        with pytest.raises(ConnectionError):
+            await shipper.ship_once()
+        assert len(log.unshipped) == 3
+        ledger.is_away = False
+        await _until_shipped(log, shipper)
+        assert ledger.deliveries == 20
+        assert set(ledger.records) == {intent.id for intent in intents}
+        assert len(_segments(log.directory)) == 1
+        # And then from memory again.
+        log.settle(_record(_intent()))
+        assert log.spilled_at is None
+        assert await shipper.ship_once() == 1
+
+    async def test_a1_ships_what_the_first_version_has_logged(self, tmp_path: Path) -> None:
+        """Its records say `counted`, and nothing of tries, waste or decisions."""
+        ledger = Ledger()
+        log = UsageLog(tmp_path, "a")
+        directory = _die(log)
+        intents = [_intent(number) for number in range(2)]
+        settled, streaming = (
+            {**msgspec.to_builtins(intent), "id": str(intent.id), "reservation_id": None} for intent in intents
+        )
+        del streaming["reservation_id"]
+        record = {**msgspec.to_builtins(_record(intents[0])), "token_source": "counted"}
+        for name in ("reservation_id", "tries", "continuations", "waste", "decision"):
+            del record[name]
+        progress = {"id": streaming["id"], "node_id": str(NODE), "served_region": "us-east", "completion_tokens": 4}
+        kinds = (b"I", settled), (b"I", streaming), (b"P", progress), (b"S", record)
+        (directory / "segment-00000001.log").write_bytes(
+            b"".join(_frame(kind + msgspec.json.encode(body)) for kind, body in kinds)
+        )
+        assert await recover(tmp_path, "b", ledger.add) == 2
+        assert ledger.records[intents[0].id].token_source is TokenSource.COUNTED
+        told = ledger.records[intents[1].id]
+        assert (told.completion_tokens, told.prompt_tokens, told.token_source) == (4, 12, TokenSource.CHUNKS)
+
     async def test_ships_what_was_settled_once(self, tmp_path: Path) -> None:
         log, ledger = UsageLog(tmp_path, "a"), Ledger()
         shipper = Shipper(log, ledger.add)
@@ -240,7 +391,8 @@ class TestShipper:
         assert len(_segments(log.directory)) == 1
 
     async def test_a_damaged_segment_is_kept_and_the_rest_is_shipped(self, tmp_path: Path) -> None:
-        log, ledger = UsageLog(tmp_path, "a", segment_bytes=1500), Ledger()
+        # Nothing is kept in memory, so that all is read from the file.
+        log, ledger = UsageLog(tmp_path, "a", segment_bytes=1500, most_in_memory=0), Ledger()
         for number in range(8):
             log.settle(_record(_intent(number)))
         first = _segments(log.directory)[0]
@@ -260,6 +412,147 @@ class TestShipper:
         assert kept.exists()
 
 
+class _Life:
+    """A process's log under a random life, beside what must come of it."""
+
+    def __init__(self, root: Path, in_memory: int) -> None:
+        self.root = root
+        self.ledger = Ledger()
+        self.log = UsageLog(root, "a", segment_bytes=1200, most_in_memory=in_memory)
+        self.shipper = Shipper(self.log, self.ledger.add)
+        self.open: list[Intent] = []
+        self.settled: list[UUID] = []
+
+    async def do(self, what: str) -> None:
+        if what == "intend":
+            self.open.append(_intent())
+            self.log.intend(self.open[-1])
+        elif what == "settle" and self.open:
+            intent = self.open.pop(len(self.open) // 2)
+            self.log.settle(_record(intent))
+            self.settled.append(intent.id)
+        elif what == "progress" and self.open:
+            self.log.progress(Progress(self.open[0].id, NODE, "us-east", 3))
+        elif what in ("away", "back"):
+            self.ledger.is_away = what == "away"
+        elif what == "ship":
+            with contextlib.suppress(ConnectionError):
+                await self.shipper.ship_once()
+        elif what == "ship and settle at once":
+            shipping = asyncio.create_task(self.shipper.ship_once())
+            await asyncio.sleep(0)
+            for _ in range(3):
+                await self.do("intend")
+                await self.do("settle")
+            await asyncio.gather(shipping, return_exceptions=True)
+
+
+WAYS = ("intend", "intend", "settle", "settle", "progress", "away", "back", "ship", "ship", "ship and settle at once")
+
+
+class TestLife:
+    @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(ways=st.lists(st.sampled_from(WAYS), max_size=60), in_memory=st.integers(0, 4), times=st.integers(1, 3))
+    def test_a1_a2_whatever_happens_each_request_is_recorded_once(
+        self, tmp_path_factory: pytest.TempPathFactory, ways: list[str], in_memory: int, times: int
+    ) -> None:
+        """At any moment the process may die, and its log may be drained several times: that equals once."""
+
+        async def live() -> None:
+            root = tmp_path_factory.mktemp("life")
+            life = _Life(root, in_memory)
+            for way in ways:
+                await life.do(way)
+            files = _segments(life.log.directory)
+            assert life.log.kept_bytes == sum(path.stat().st_size for path in files)
+            assert set(life.ledger.records) <= set(life.settled)
+            assert life.ledger.deliveries == len(life.ledger.records), "shipped twice without need"
+            directory = _die(life.log)
+            # The process is dead at this moment; its log is drained, once or more.
+            copy = _copy_of(directory)
+            dead = Ledger()
+            dead.records.update(life.ledger.records)
+            for _ in range(times):
+                directory = directory if directory.exists() else Path(shutil.copytree(copy, directory))
+                await recover(root, "b", dead.add)
+            expected = dict.fromkeys(life.settled, Outcome.COMPLETED)
+            expected |= {intent.id: Outcome.INTERRUPTED for intent in life.open}
+            assert {id: record.outcome for id, record in dead.records.items()} == expected
+            assert not (root / "damaged").exists()
+            shutil.rmtree(root)
+
+        asyncio.run(live())
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(ways=st.lists(st.sampled_from(WAYS), max_size=60), in_memory=st.integers(0, 4))
+    def test_at_rest_everything_is_shipped_and_only_open_intents_hold_files(
+        self, tmp_path_factory: pytest.TempPathFactory, ways: list[str], in_memory: int
+    ) -> None:
+        async def live() -> None:
+            root = tmp_path_factory.mktemp("rest")
+            life = _Life(root, in_memory)
+            for way in (*ways, "back"):
+                await life.do(way)
+            await _until_shipped(life.log, life.shipper)
+            assert sorted(life.ledger.records) == sorted(life.settled)
+            assert life.ledger.deliveries == len(life.settled)
+            needed = {life.log.segment, *life.log.open_intents.values()}
+            assert [path.name for path in _segments(life.log.directory)] == [
+                f"segment-{number:08d}.log" for number in sorted(needed)
+            ]
+            _die(life.log)
+            shutil.rmtree(root)
+
+        asyncio.run(live())
+
+
+def _work(root: Path, acknowledged: Connection) -> None:
+    """A process that takes requests for as long as it lives; an id is sent once the client may have its last byte."""
+    log = UsageLog(root, "killed", segment_bytes=20_000)
+    waiting = [_intent()]
+    log.intend(waiting[0])
+    while True:
+        waiting.append(_intent())
+        log.intend(waiting[-1])
+        intent = waiting.pop(0)
+        log.progress(Progress(intent.id, NODE, "us-east", 3))
+        log.settle(_record(intent))
+        acknowledged.send_bytes(intent.id.bytes)
+
+
+class TestKilled:
+    async def test_a1_sigkill_at_any_moment_loses_nothing_that_was_acknowledged(self, tmp_path: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        chance = random.Random(20261124)
+        total = 0
+        for number in range(30):
+            root, ledger = tmp_path / str(number), Ledger()
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(root, sender))
+            process.start()
+            sender.close()
+            acknowledged = {UUID(bytes=receiver.recv_bytes())}
+            until = time.monotonic() + chance.random() * 0.03
+            while time.monotonic() < until:
+                acknowledged.add(UUID(bytes=receiver.recv_bytes()))
+            process.kill()
+            with contextlib.suppress(EOFError):
+                while True:
+                    acknowledged.add(UUID(bytes=receiver.recv_bytes()))
+            process.join()
+            await recover(root, "own", ledger.add)
+            completed = {id for id, record in ledger.records.items() if record.outcome is Outcome.COMPLETED}
+            assert acknowledged <= completed
+            # At most the one that was being acknowledged, and those that were under way.
+            assert len(completed) <= len(acknowledged) + 1
+            assert len(ledger.records) <= len(completed) + 2
+            assert ledger.deliveries == len(ledger.records)
+            assert not (root / "damaged").exists()
+            total += len(acknowledged)
+        assert total > 1000
+
+
 class TestRefusedRecords:
     async def test_one_that_postgres_never_takes_is_kept_and_holds_up_no_other(self, tmp_path: Path) -> None:
         ledger = Ledger()
@@ -268,8 +561,8 @@ class TestRefusedRecords:
         for record in records:
             log.settle(record)
 
-        async def add(batch: Sequence[UsageRecord]) -> None:
-            if records[1] in batch:
+        async def add(batch: Sequence[bytes]) -> None:
+            if records[1] in map(_read, batch):
                 raise InvariantViolated("a number out of range")
             await ledger.add(batch)
 
@@ -288,15 +581,17 @@ class TestRecover:
         for intent in (settled, streaming, silent):
             log.intend(intent)
         log.settle(_record(settled))
+        wasted = Waste(NODE, "in-mumbai", WasteReason.FAILED_TRY, 12, 5)
         for tokens in (3, 8):
-            log.progress(Progress(streaming.id, NODE, "us-east", tokens))
+            log.progress(Progress(streaming.id, NODE, "us-east", tokens, tries=2, continuations=1, waste=(wasted,)))
         directory = _die(log)
         assert await recover(tmp_path, "b", ledger.add) == 3
         assert not directory.exists()
         assert ledger.records[settled.id].outcome is Outcome.COMPLETED
         told = ledger.records[streaming.id]
         assert (told.outcome, told.prompt_tokens, told.completion_tokens) == (Outcome.INTERRUPTED, 12, 8)
-        assert (told.served_region, told.node_id, told.token_source) == ("us-east", NODE, TokenSource.COUNTED)
+        assert (told.served_region, told.node_id, told.token_source) == ("us-east", NODE, TokenSource.CHUNKS)
+        assert (told.tries, told.continuations, told.waste) == (2, 1, (wasted,))
         nothing = ledger.records[silent.id]
         assert (nothing.outcome, nothing.prompt_tokens, nothing.completion_tokens) == (Outcome.INTERRUPTED, 0, 0)
 
