@@ -532,6 +532,7 @@ class Relay:
 
     async def _stream(self, relayed: Relayed, node: Node, body: bytes, send: Send) -> None:
         """A call whose answer is relayed as it comes."""
+        sent_at = self._loop.time()
         connection, data = await self._begin(relayed, node, body)
         try:
             if connection.status >= 400:
@@ -550,7 +551,7 @@ class Relay:
                         relayed.has_begun = True
                         relayed.status = 200
                         relayed.ttft_s = self._loop.time() - relayed.started_at
-                        node.first_token(relayed.ttft_s, self._loop.time())
+                        node.first_token(self._loop.time() - sent_at, self._loop.time())
                         self._streams.add(relayed)
                         headers = relayed.headers(b"text/event-stream; charset=utf-8")
                         headers.append((b"cache-control", b"no-cache"))
