@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -157,6 +158,8 @@ class TestPool:
         world.fill(2)
         world.table.apply(entry_of(2, capacity_tokens_per_s=0))
         assert world.pool.capacity_tokens == 0
+        world.nodes[0].failed(FailureKind.BUSY, world.now - 60)
+        assert world.pool.capacity_tokens == 0
         world.table.apply(entry_of(2, generation=2, capacity_tokens_per_s=CAPACITY))
         assert world.pool.capacity_tokens == 3 * CAPACITY * 30
 
@@ -182,6 +185,13 @@ class TestPool:
         assert world.table.choose(world.pool) is None
         assert (world.pool.routable_count, world.pool.lost_at) == (0, world.now)
         assert world.table.is_any_routable("m", ["r"])
+
+    async def test_f2_an_older_requests_success_makes_a_node_reachable_again(self, world: World) -> None:
+        (node,) = world.fill(1)
+        for _ in range(UNREACHABLE_AFTER):
+            node.failed(FailureKind.CONNECT, world.now)
+        node.succeeded(world.now)
+        assert (world.pool.routable_count, world.pool.lost_at) == (1, None)
 
     async def test_tells_when_there_may_be_room(self, world: World) -> None:
         first, second = world.fill(2)
@@ -421,6 +431,17 @@ class TestEjection:
         # Back after its trial, and slow is what it must be again before it counts.
         assert not slow.first_token(3.0, world.now)
         assert slow in world.pool.nodes
+
+    async def test_a_node_ejected_for_slowness_no_longer_makes_the_median(self, world: World) -> None:
+        slow, fast = world.fill(2)
+        for latency_s in (0.2, 0.2):
+            fast.first_token(latency_s, world.now)
+        slow.first_token(5.0, world.now)
+        world.clock.now += 2
+        assert slow.first_token(5.0, world.now)
+        world.pool.measure(world.now)
+        # One node has no pool to be compared with.
+        assert (world.pool.median_ttft_s, world.pool.slow_above_s) == (0.0, math.inf)
 
     async def test_slow_is_relative_to_the_pool(self, world: World) -> None:
         nodes = world.fill(4)
