@@ -17,6 +17,8 @@ from crosslogic.domain.affinity import prefix_blocks
 from crosslogic.domain.ids import NODE, uuid7
 from crosslogic.domain.node import NodeState, RouteEntry
 from crosslogic.domain.scheduling import Choice, Rules
+from tests.api.inference.conftest import MakeApi
+from tests.engines import Engine
 
 CAPACITY = 1000
 RULES = Rules(full_load_s=30.0, slow_start_s=30.0, ejected_share=0.5)
@@ -679,3 +681,26 @@ class TestLatencyWeighted:
             return sum(waits) / len(waits)
 
         assert mean_wait_s("latency-weighted") < 0.1 * mean_wait_s("round-robin")
+
+
+class TestFeed:
+    async def test_a_deployments_strategy_and_a_nodes_price_arrive(self, make_api: MakeApi, engine: Engine) -> None:
+        api = await make_api()
+        sql = api.fleet.sql
+        await sql.execute("INSERT INTO deployments (name, model, strategy) VALUES ('d', 'llama-3-8b', 'cost-weighted')")
+        node_id = await api.fleet.add_node(engine)
+        await sql.execute(
+            "UPDATE nodes SET deployment = 'd', price_microdollars_per_h = 7, generation = generation + 1"
+        )
+
+        async def pool_of(strategy: str) -> Pool | None:
+            pool = api.app.inference._table.pool("llama-3-8b", "in-mumbai")
+            return pool if pool is not None and pool.nodes and pool.strategy == strategy else None
+
+        pool: Pool = await api.until(lambda: pool_of("cost-weighted"))
+        assert [(node.entry.node_id, node.entry.price_microdollars_per_h) for node in pool.nodes] == [(node_id, 7)]
+        assert (await api.chat()).headers["x-crosslogic-node"] == node_id
+        await sql.execute("UPDATE deployments SET strategy = 'prefix-affinity'")
+        assert await api.until(lambda: pool_of("prefix-affinity")) is pool
+        assert (await api.chat()).status_code == 200
+        assert (pool.tokens_in_flight, pool.nodes[0].requests_in_flight) == (0, 0)
