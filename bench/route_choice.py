@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import timeit
+from collections.abc import Callable
+from typing import Any
 
 from api.inference.router import RouteTable
 from crosslogic.domain import ids
@@ -16,7 +18,6 @@ from crosslogic.domain.scheduling import (
     LEAST_LOAD,
     PREFIX_AFFINITY,
     ROUND_ROBIN,
-    Choice,
 )
 from crosslogic.new_ids import new_id
 
@@ -25,9 +26,9 @@ STRATEGIES = (ROUND_ROBIN, LEAST_LOAD, LATENCY_WEIGHTED, COST_WEIGHTED, PREFIX_A
 REPEATS, NUMBER = 5, 5_000
 
 
-def microseconds(call: object) -> float:
+def microseconds(call: Callable[[], Any]) -> float:
     """The best of some runs, which is the one least disturbed."""
-    return min(timeit.repeat(call, repeat=REPEATS, number=NUMBER)) / NUMBER * 1e6  # type: ignore[arg-type]
+    return min(timeit.repeat(call, repeat=REPEATS, number=NUMBER)) / NUMBER * 1e6
 
 
 def table_of(size: int, strategy: str) -> RouteTable:
@@ -72,8 +73,10 @@ async def main() -> None:
     table = table_of(16, LEAST_LOAD)
     pool = table.pools[0]
     node = table.nodes[0]
+    tried = table.nodes[:2]
+    short = {"messages": [{"role": "user", "content": text[:1000]}]}
     choice = table.choose(pool)
-    assert isinstance(choice, Choice)
+    assert choice is not None
 
     def relay() -> None:
         node.take(1100)
@@ -82,7 +85,7 @@ async def main() -> None:
         node.give_back(1100)
 
     others = {
-        "with two tried": lambda: table.choose(pool, table_tried),
+        "with two tried": lambda: table.choose(pool, tried),
         "choose_in, 4 regions": lambda: table.choose_in("m", ("q", "r", "s", "t")),
         "take … give_back": relay,
         "prefix_blocks, 16 kB": lambda: prefix_blocks(body),
@@ -90,8 +93,6 @@ async def main() -> None:
         "Choice.header": choice.header,
         "Choice.explain": choice.explain,
     }
-    table_tried = tuple(table.nodes[:2])
-    short = {"messages": [{"role": "user", "content": text[:1000]}]}
     for name, call in others.items():
         print(f"{name:22}{microseconds(call):8.2f}")
 

@@ -47,8 +47,7 @@ class RequestOut(BaseModel):
     ttft_ms: int | None
     list_price_microdollars: int = Field(description="For display; bills are made of sums of tokens.")
     decision: dict[str, Any] | None = Field(
-        description="Why this node: candidates, tries and the limits' standing. Null: none was kept, or it is over a "
-        "week old."
+        description="Why this node: candidates, tries, the limits' standing. Null: none was kept, or over 7 days ago."
     )
 
 

@@ -313,7 +313,7 @@ class Relayed:
         )
 
     def decision(self) -> list[Any]:
-        """Why the request went where it went, for crosslogic.domain.scheduling.explained: short, for each leaves one."""
+        """Why the request went where it went, as `explained_decision` reads it: short, for every request leaves one."""
         hold = self.hold
         return [
             [[*tried.choice.compact(), tried.failure] for tried in self.tries],

@@ -3,8 +3,8 @@
 Every function here is pure: `now` is an instant of one clock, in seconds; `turn` is any number that grows by one;
 `bits` are at least 32 random bits.
 
-Two nodes are compared instead of all, the one whose turn it is and one that is drawn. So a choice costs the same among a
-thousand as among three, many processes that choose at once do not all run to the same node, and equal ones take turns
+Two nodes are compared instead of all, the one whose turn it is and one that is drawn. So a choice costs the same among
+a thousand as among three, many processes that choose at once do not all run to the same node, and equal ones take turns
 (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
 """
 

@@ -87,6 +87,12 @@ class TestPrefixMap:
             assert len(known) <= 120
             assert known.find((*blocks, -1)) == number + 1
 
+    def test_knows_the_last_half_of_the_most_at_least(self) -> None:
+        known: PrefixMap[str] = PrefixMap(20)
+        for number in range(100):
+            known.learn((number,), str(number))
+            assert all(known.find((earlier,)) == str(earlier) for earlier in range(max(0, number - 9), number + 1))
+
     def test_what_is_used_outlives_what_is_not(self) -> None:
         known: PrefixMap[str] = PrefixMap(20)
         for number in range(100):

@@ -98,6 +98,7 @@ class TestEveryStrategy:
             assert choice is not None
             assert choice.node in nodes
             assert choice.node not in tried
+            assert len({id(weighed[0]) for weighed in choice.compared}) == len(choice.compared)
             assert not set(map(id, tried)) & {id(weighed[0]) for weighed in choice.compared}
 
     @every_strategy

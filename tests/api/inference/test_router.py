@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +17,8 @@ from crosslogic.domain.affinity import prefix_blocks
 from crosslogic.domain.ids import NODE, uuid7
 from crosslogic.domain.node import NodeState, RouteEntry
 from crosslogic.domain.scheduling import Choice, Rules
+from tests.api.inference.conftest import MakeApi
+from tests.engines import Engine
 
 CAPACITY = 1000
 RULES = Rules(full_load_s=30.0, slow_start_s=30.0, ejected_share=0.5)
@@ -157,6 +160,8 @@ class TestPool:
         world.fill(2)
         world.table.apply(entry_of(2, capacity_tokens_per_s=0))
         assert world.pool.capacity_tokens == 0
+        world.nodes[0].failed(FailureKind.BUSY, world.now - 60)
+        assert world.pool.capacity_tokens == 0
         world.table.apply(entry_of(2, generation=2, capacity_tokens_per_s=CAPACITY))
         assert world.pool.capacity_tokens == 3 * CAPACITY * 30
 
@@ -182,6 +187,13 @@ class TestPool:
         assert world.table.choose(world.pool) is None
         assert (world.pool.routable_count, world.pool.lost_at) == (0, world.now)
         assert world.table.is_any_routable("m", ["r"])
+
+    async def test_f2_an_older_requests_success_makes_a_node_reachable_again(self, world: World) -> None:
+        (node,) = world.fill(1)
+        for _ in range(UNREACHABLE_AFTER):
+            node.failed(FailureKind.CONNECT, world.now)
+        node.succeeded(world.now)
+        assert (world.pool.routable_count, world.pool.lost_at) == (1, None)
 
     async def test_tells_when_there_may_be_room(self, world: World) -> None:
         first, second = world.fill(2)
@@ -422,6 +434,17 @@ class TestEjection:
         assert not slow.first_token(3.0, world.now)
         assert slow in world.pool.nodes
 
+    async def test_a_node_ejected_for_slowness_no_longer_makes_the_median(self, world: World) -> None:
+        slow, fast = world.fill(2)
+        for latency_s in (0.2, 0.2):
+            fast.first_token(latency_s, world.now)
+        slow.first_token(5.0, world.now)
+        world.clock.now += 2
+        assert slow.first_token(5.0, world.now)
+        world.pool.measure(world.now)
+        # One node has no pool to be compared with.
+        assert (world.pool.median_ttft_s, world.pool.slow_above_s) == (0.0, math.inf)
+
     async def test_slow_is_relative_to_the_pool(self, world: World) -> None:
         nodes = world.fill(4)
         for round in range(5):
@@ -658,3 +681,26 @@ class TestLatencyWeighted:
             return sum(waits) / len(waits)
 
         assert mean_wait_s("latency-weighted") < 0.1 * mean_wait_s("round-robin")
+
+
+class TestFeed:
+    async def test_a_deployments_strategy_and_a_nodes_price_arrive(self, make_api: MakeApi, engine: Engine) -> None:
+        api = await make_api()
+        sql = api.fleet.sql
+        await sql.execute("INSERT INTO deployments (name, model, strategy) VALUES ('d', 'llama-3-8b', 'cost-weighted')")
+        node_id = await api.fleet.add_node(engine)
+        await sql.execute(
+            "UPDATE nodes SET deployment = 'd', price_microdollars_per_h = 7, generation = generation + 1"
+        )
+
+        async def pool_of(strategy: str) -> Pool | None:
+            pool = api.app.inference._table.pool("llama-3-8b", "in-mumbai")
+            return pool if pool is not None and pool.nodes and pool.strategy == strategy else None
+
+        pool: Pool = await api.until(lambda: pool_of("cost-weighted"))
+        assert [(node.entry.node_id, node.entry.price_microdollars_per_h) for node in pool.nodes] == [(node_id, 7)]
+        assert (await api.chat()).headers["x-crosslogic-node"] == node_id
+        await sql.execute("UPDATE deployments SET strategy = 'prefix-affinity'")
+        assert await api.until(lambda: pool_of("prefix-affinity")) is pool
+        assert (await api.chat()).status_code == 200
+        assert (pool.tokens_in_flight, pool.nodes[0].requests_in_flight) == (0, 0)
