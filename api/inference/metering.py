@@ -336,7 +336,6 @@ class Shipper:
             self._shipped = self._log.closed_segments[segment]
             self._log.spilled_at = segment + 1, 0
         elif (segment, offset + end) == self._log.end:
-            self._shipped = self._log.settled
             self._log.spilled_at = None
         else:
             self._log.spilled_at = segment, offset + end

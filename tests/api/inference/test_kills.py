@@ -27,7 +27,7 @@ from tests.api.inference.conftest import Fleet, chat_body
 from tests.engines import Engine
 
 ROOT = Path(__file__).resolve().parents[3]
-KILLS = 5
+KILLS = 4
 MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode == 0
 OPTIONS = ("--http", "api.inference.server:HttpProtocol", "--no-access-log", "--timeout-graceful-shutdown", "5")
 
@@ -171,7 +171,7 @@ class TestA1:
     ) -> None:
         """Processes share a socket and follow each other: each is killed while it works and its successor is up."""
         # Whole answers hold no words glued together, so that the client can count them.
-        brief, long = await make_engine(["a ", "b ", "c "], pace_s=0.004), await make_engine(["x "] * 40, pace_s=0.02)
+        brief, long = await make_engine(["a ", "b ", "c "], pace_s=0.004), await make_engine(["x "] * 80, pace_s=0.02)
         for engine in (brief, long):
             await fleet.add_node(engine)
         settings, chance = settings_of(), random.Random(20261123)
@@ -179,7 +179,7 @@ class TestA1:
         try:
             await process.ready()
             clients = Clients(process.url, fleet.secret)
-            clients.begin(16)
+            clients.begin(8)
             for _ in range(KILLS):
                 successor = Process(settings, listener)
                 try:

@@ -12,6 +12,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -551,6 +552,24 @@ class TestKilled:
             assert not (root / "damaged").exists()
             total += len(acknowledged)
         assert total > 1000
+
+
+class TestKeepPruning:
+    async def test_goes_on_after_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(metering, "PRUNE_INTERVAL_S", 0.001)
+        moment = datetime(2026, 11, 24, tzinfo=UTC)
+        asked: list[datetime] = []
+
+        async def prune(now: datetime) -> int:
+            asked.append(now)
+            if len(asked) == 1:
+                raise ConnectionError("away")
+            return 0
+
+        task = asyncio.create_task(metering.keep_pruning(prune, lambda: moment))
+        await _until(lambda: len(asked) > 2)
+        task.cancel()
+        assert set(asked) == {moment}
 
 
 class TestRefusedRecords:
