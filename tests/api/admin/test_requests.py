@@ -10,6 +10,7 @@ from uuid import UUID
 
 import asyncpg
 import httpx
+import msgspec
 
 from crosslogic.domain import ids
 from crosslogic.domain.usage import Outcome, TokenSource, UsageRecord
@@ -18,10 +19,15 @@ from crosslogic.settings import Settings
 from crosslogic.store.usage import UsageStore
 
 Made = Callable[..., Any]
-DECISION = {"node": "node_x", "reason": "least-load", "compared": [{"node": "node_x", "score_s": 0.25}]}
+DECISION = [
+    [["node_x", "least-load", "least-load", 2, 0, [["node_x", 0.25, 7, 0.5, 1.0]], ""]],
+    [[60, 59, 1000], None],
+    [["key", "tokens_per_min"]],
+    False,
+]
 
 
-async def add_request(dsn: str, org_id: UUID, environment_id: UUID, decision: dict[str, Any] | None) -> UsageRecord:
+async def add_request(dsn: str, org_id: UUID, environment_id: UUID, decision: list[Any] | None) -> UsageRecord:
     """A usage record, and perhaps the decision behind it."""
     record = UsageRecord(
         id=new_id(),
@@ -46,7 +52,7 @@ async def add_request(dsn: str, org_id: UUID, environment_id: UUID, decision: di
         list_price_microdollars=5,
     )
     async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
-        await UsageStore(pool).add([record])
+        await UsageStore(pool).add([msgspec.json.encode(record)])
         if decision is not None:
             await pool.execute(
                 "INSERT INTO request_decisions (id, decision) VALUES ($1, $2::text::jsonb)",
@@ -71,7 +77,16 @@ class TestRequests:
         assert (shown["home_region"], shown["served_region"]) == ("in-mumbai", "ap-southeast")
         assert (shown["outcome"], shown["status"], shown["prompt_tokens"]) == ("completed", 200, 11)
         assert (shown["latency_ms"], shown["ttft_ms"], shown["client_request_id"]) == (900, 120, "mine")
-        assert shown["decision"] == DECISION
+        (only,) = shown["decision"]["tries"]
+        assert (only["node"], only["reason"], only["failure"]) == ("node_x", "least-load", None)
+        assert only["compared"] == [
+            {"node": "node_x", "score_s": 0.25, "tokens_in_flight": 7, "ttft_ms": 500, "weight": 1.0}
+        ]
+        assert shown["decision"]["limits"] == {
+            "requests": {"limit": 60, "remaining": 59, "reset_ms": 1000},
+            "tokens": None,
+        }
+        assert shown["decision"]["would_refuse"] == [{"layer": "key", "limit": "tokens_per_min"}]
 
     def test_are_shown_without_one_and_without_an_org(self, api: httpx.Client, settings: Settings) -> None:
         record = asyncio.run(add_request(settings.database_url.get_secret_value(), new_id(), new_id(), None))
