@@ -7,6 +7,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -118,8 +119,9 @@ class LimitBook:
         # The book of this process alone; None while it is not needed.
         self._alone: Book | None = Book()
         self._is_alone = True
-        self._parted = asyncio.Event()
-        self._parted.set()
+        # Set while this process decides alone.
+        self.parted = asyncio.Event()
+        self.parted.set()
         # This turn's steps, and who waits for the placings among them.
         self._steps: list[Sequence[Any]] = []
         self._asked: list[tuple[asyncio.Future[Hold | Refusal], Hold]] = []
@@ -198,7 +200,10 @@ class LimitBook:
         if hold is None:
             return
         hold.used_tokens, hold.used_spend = tokens, spend = min(tokens, _MOST), min(spend_microdollars, _MOST)
-        self._ended.append((now_ms, hold))
+        ended = self._ended
+        ended.append((now_ms, hold))
+        while self._listed_in is None and ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
+            ended.popleft()
         if self._alone is not None:
             self._alone.settle(hold_id, tokens, spend)
             if hold.is_alone:
@@ -231,7 +236,7 @@ class LimitBook:
                 while not self._is_alone:
                     try:
                         async with asyncio.timeout(BEAT_INTERVAL_S):
-                            await self._parted.wait()
+                            await self.parted.wait()
                     except TimeoutError:
                         await self.beat(now_ms())
             except Unavailable as error:
@@ -253,8 +258,6 @@ class LimitBook:
                 self._part(error)
                 raise error
             self._sharers = sharers
-        while self._listed_in is None and self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
-            self._ended.popleft()
         while len(self._seen) > _MOST_SEEN:
             del self._seen[next(iter(self._seen))]
 
@@ -264,18 +267,19 @@ class LimitBook:
         Raises what reading the sums raises, where Valkey lost its counters.
         """
         self._session += 1
-        try:
-            marker = await self._pipeline.execute("GET", self._marker)
-            generation = marker.decode() if marker else await self._rebuild(now_ms)
-            sharers = cast(
-                int,
-                await self._call("join", generation, now_ms, (generation, now_ms - _LIVING_MS), (self._marker,)),
-            )
-            if sharers == 0:
-                raise Unavailable("Valkey lost its counters again.")
-        except BaseException:
+        marker = await self._pipeline.execute("GET", self._marker)
+        generation = marker.decode() if marker else await self._rebuild(now_ms)
+        if self._listed_in is not None and not (
+            self._listed_in == generation
+            and await self._pipeline.execute("SISMEMBER", f"{self._prefix}{generation}:heeded", self._process)
+        ):
+            # The list came too late, or was for a rebuild that was given up.
             self._listed_in = None
-            raise
+        sharers = cast(
+            int, await self._call("join", generation, now_ms, (generation, now_ms - _LIVING_MS), (self._marker,))
+        )
+        if sharers == 0:
+            raise Unavailable("Valkey lost its counters again.")
         self._sharers = sharers
         self._move(generation, now_ms)
         # Replies come in order: behind this one all that was moved is known to have arrived.
@@ -289,7 +293,7 @@ class LimitBook:
         is_listed = self._listed_in == generation
         if is_listed or self._generation not in (None, generation):
             # The counters are Postgres's sums, without the requests that this process listed: those it counts itself.
-            since_ms = 0 if is_listed else int(generation.partition("-")[0])
+            since_ms = 0 if is_listed else int(generation.partition(".")[0])
             owed: list[Sequence[Any]] = []
             unknown: dict[str, tuple[int, Amounts]] = {}
             for ended_ms, hold in self._ended:
@@ -303,7 +307,7 @@ class LimitBook:
         self._owed, self._unknown = [], {}
         self._begun = pack_but_last("EVALSHA", _SCRIPT.sha, 0, *self._who("run", generation))
         self._is_alone = False
-        self._parted.clear()
+        self.parted.clear()
         self._now_ms = now_ms
         for step in owed:
             self._add_step(step)
@@ -325,8 +329,12 @@ class LimitBook:
         process adds them when it joins. So each is counted once.
         """
         lock = self._prefix + "rebuild"
-        building = f"{now_ms}-{self._process}-{self._session}"
+        building = f"{now_ms}.{self._process}.{self._session}"
         holder = await self._pipeline.execute("SET", lock, building, "NX", "GET", "PX", _LOCK_MS)
+        if holder is not None and holder.split(b".")[1] == self._process.encode():
+            # An attempt of this process that failed.
+            await self._pipeline.execute("SET", lock, building, "PX", _LOCK_MS)
+            holder = None
         if holder is not None:
             building = holder.decode()
         else:
@@ -335,12 +343,20 @@ class LimitBook:
                 # It was rebuilt just before.
                 await self._pipeline.execute("DEL", lock)
                 return marker.decode()
+        while self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
+            self._ended.popleft()
         self._listed_in = building
         mine = _pack([*self._open, *[hold.id for _, hold in self._ended]])
         await self._pipeline.execute("HSET", f"{self._prefix}{building}:listed", self._process, mine)
         await self._pipeline.execute("PEXPIRE", f"{self._prefix}{building}:listed", 6 * _LOCK_MS)
         if holder is None:
-            await self._lead(building, lock, now_ms)
+            try:
+                await self._lead(building, lock, now_ms)
+            except BaseException:
+                # Another may try at once.
+                with suppress(Unavailable):
+                    await self._call("quit", building, now_ms, (building,), (lock,))
+                raise
         else:
             await self._follow(building, lock)
         return building
@@ -352,9 +368,6 @@ class LimitBook:
                     break
                 raise Unavailable("The process that rebuilt the counters has given up.")
             await asyncio.sleep(_LOOK_INTERVAL_S)
-        # A list that came too late was not left out of the sums.
-        if not await self._pipeline.execute("SISMEMBER", f"{self._prefix}{building}:heeded", self._process):
-            self._listed_in = None
 
     async def _lead(self, building: str, lock: str, now_ms: int) -> None:
         listed, heeded = f"{self._prefix}{building}:listed", f"{self._prefix}{building}:heeded"
@@ -509,7 +522,7 @@ class LimitBook:
         if self._is_alone:
             return
         self._is_alone = True
-        self._parted.set()
+        self.parted.set()
         log.warning("limits are decided by this process alone until Valkey is back: %s", error)
         if self._alone is None:
             self._alone = Book(self._sharers)
