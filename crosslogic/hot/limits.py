@@ -66,12 +66,15 @@ _MOST_PREPARED: Final = 20_000
 _MOST_SEEN: Final = 100_000
 
 # A sign of life, and how long after its last one a process counts as one that takes its share of what is left.
+FIRST_BEAT_S: Final = 1.0
 BEAT_INTERVAL_S: Final = 5.0
 _LIVING_MS: Final = 15_000
 # A rebuild that gives no sign for so long is left to another process.
 _LOCK_MS: Final = 10_000
 # What ended so long ago is in Postgres. Later endings are kept, for a rebuild must count each exactly once.
 _SHIPPED_AFTER_MS: Final = 30_000
+# How far the clocks of processes may be apart for a rebuild to be exact.
+_CLOCKS_APART_MS: Final = 1_000
 # How long a rebuild waits for the lists of those that took part before.
 _LISTS_PATIENCE_S: Final = 1.0
 _LOOK_INTERVAL_S: Final = 0.02
@@ -80,14 +83,17 @@ _PAUSE_S: Final = 0.5
 
 
 class ReadSums(Protocol):
-    """Reads from Postgres what counts now, leaving out the requests with these hold ids."""
+    """Reads from Postgres what counts."""
 
-    def __call__(self, now_ms: int, without: Sequence[str]) -> Awaitable[Iterable[Sum]]:
-        """What is in the windows of `now_ms`, for every subject and meter that is limited."""
+    def __call__(self, now_ms: int, before_ms: int, without: Sequence[str]) -> Awaitable[Iterable[Sum]]:
+        """What is in the windows of `now_ms`, for every subject and meter that is limited.
+
+        Of requests admitted before `before_ms`, and without those that have these hold ids.
+        """
         ...
 
 
-async def no_sums(now_ms: int, without: Sequence[str]) -> Iterable[Sum]:
+async def no_sums(now_ms: int, before_ms: int, without: Sequence[str]) -> Iterable[Sum]:
     """Where nothing was ever used."""
     return ()
 
@@ -233,12 +239,15 @@ class LimitBook:
             try:
                 await self.join(now_ms())
                 said = ""
+                # Others may have joined at the same time: look again soon.
+                pause_s = FIRST_BEAT_S
                 while not self._is_alone:
                     try:
-                        async with asyncio.timeout(BEAT_INTERVAL_S):
+                        async with asyncio.timeout(pause_s):
                             await self.parted.wait()
                     except TimeoutError:
                         await self.beat(now_ms())
+                        pause_s = BEAT_INTERVAL_S
             except Unavailable as error:
                 self._part(error)
             except Exception as error:
@@ -293,11 +302,12 @@ class LimitBook:
         is_listed = self._listed_in == generation
         if is_listed or self._generation not in (None, generation):
             # The counters are Postgres's sums, without the requests that this process listed: those it counts itself.
-            since_ms = 0 if is_listed else int(generation.partition(".")[0])
+            # Where its list came too late: what cannot be in the sums, for it was too new or ended too late.
+            began_ms = 0 if is_listed else int(generation.partition(".")[0])
             owed: list[Sequence[Any]] = []
             unknown: dict[str, tuple[int, Amounts]] = {}
             for ended_ms, hold in self._ended:
-                if ended_ms >= since_ms:
+                if ended_ms >= began_ms or hold.at_ms >= began_ms - _CLOCKS_APART_MS:
                     self._count(unknown, hold)
             self._seen.clear()
         else:
@@ -325,8 +335,8 @@ class LimitBook:
     async def _rebuild(self, now_ms: int) -> str:
         """Have the counters rebuilt from Postgres, by this process or another; the generation that counts then.
 
-        Every process lists the requests that may or may not have reached Postgres; the sums leave those out, and their
-        process adds them when it joins. So each is counted once.
+        Every process lists the requests that may or may not have reached Postgres. The sums leave those out, and all
+        that were admitted since the rebuild began; their process adds them when it joins. So each is counted once.
         """
         lock = self._prefix + "rebuild"
         building = f"{now_ms}.{self._process}.{self._session}"
@@ -381,7 +391,7 @@ class LimitBook:
         await self._pipeline.execute("SADD", heeded, *found[::2])
         await self._pipeline.execute("PEXPIRE", heeded, 6 * _LOCK_MS)
         without = [hold_id for ids in found[1::2] for hold_id in cast("list[str]", _unpack(ids))]
-        reading = asyncio.ensure_future(self._read_sums(now_ms, without))
+        reading = asyncio.ensure_future(self._read_sums(now_ms, now_ms - _CLOCKS_APART_MS, without))
         try:
             while not reading.done():
                 await asyncio.wait([reading], timeout=_LOCK_MS / 3000)

