@@ -379,9 +379,9 @@ elseif what == 'fill' then
   save_all()
   return 1
 else
-  -- The rebuilt generation counts from here on.
+  -- 'open': the rebuilt generation counts from here on. 'quit': another may rebuild it.
   if redis.call('GET', KEYS[1]) ~= given[4] then return 0 end
-  redis.call('SET', KEYS[2], given[4])
+  if what == 'open' then redis.call('SET', KEYS[2], given[4]) end
   redis.call('DEL', KEYS[1])
   return 1
 end

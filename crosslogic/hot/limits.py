@@ -7,6 +7,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -65,12 +66,15 @@ _MOST_PREPARED: Final = 20_000
 _MOST_SEEN: Final = 100_000
 
 # A sign of life, and how long after its last one a process counts as one that takes its share of what is left.
+FIRST_BEAT_S: Final = 1.0
 BEAT_INTERVAL_S: Final = 5.0
 _LIVING_MS: Final = 15_000
 # A rebuild that gives no sign for so long is left to another process.
 _LOCK_MS: Final = 10_000
 # What ended so long ago is in Postgres. Later endings are kept, for a rebuild must count each exactly once.
 _SHIPPED_AFTER_MS: Final = 30_000
+# How far the clocks of processes may be apart for a rebuild to be exact.
+_CLOCKS_APART_MS: Final = 1_000
 # How long a rebuild waits for the lists of those that took part before.
 _LISTS_PATIENCE_S: Final = 1.0
 _LOOK_INTERVAL_S: Final = 0.02
@@ -79,14 +83,17 @@ _PAUSE_S: Final = 0.5
 
 
 class ReadSums(Protocol):
-    """Reads from Postgres what counts now, leaving out the requests with these hold ids."""
+    """Reads from Postgres what counts."""
 
-    def __call__(self, now_ms: int, without: Sequence[str]) -> Awaitable[Iterable[Sum]]:
-        """What is in the windows of `now_ms`, for every subject and meter that is limited."""
+    def __call__(self, now_ms: int, before_ms: int, without: Sequence[str]) -> Awaitable[Iterable[Sum]]:
+        """What is in the windows of `now_ms`, for every subject and meter that is limited.
+
+        Of requests admitted before `before_ms`, and without those that have these hold ids.
+        """
         ...
 
 
-async def no_sums(now_ms: int, without: Sequence[str]) -> Iterable[Sum]:
+async def no_sums(now_ms: int, before_ms: int, without: Sequence[str]) -> Iterable[Sum]:
     """Where nothing was ever used."""
     return ()
 
@@ -118,8 +125,9 @@ class LimitBook:
         # The book of this process alone; None while it is not needed.
         self._alone: Book | None = Book()
         self._is_alone = True
-        self._parted = asyncio.Event()
-        self._parted.set()
+        # Set while this process decides alone.
+        self.parted = asyncio.Event()
+        self.parted.set()
         # This turn's steps, and who waits for the placings among them.
         self._steps: list[Sequence[Any]] = []
         self._asked: list[tuple[asyncio.Future[Hold | Refusal], Hold]] = []
@@ -198,7 +206,10 @@ class LimitBook:
         if hold is None:
             return
         hold.used_tokens, hold.used_spend = tokens, spend = min(tokens, _MOST), min(spend_microdollars, _MOST)
-        self._ended.append((now_ms, hold))
+        ended = self._ended
+        ended.append((now_ms, hold))
+        while self._listed_in is None and ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
+            ended.popleft()
         if self._alone is not None:
             self._alone.settle(hold_id, tokens, spend)
             if hold.is_alone:
@@ -228,12 +239,15 @@ class LimitBook:
             try:
                 await self.join(now_ms())
                 said = ""
+                # Others may have joined at the same time: look again soon.
+                pause_s = FIRST_BEAT_S
                 while not self._is_alone:
                     try:
-                        async with asyncio.timeout(BEAT_INTERVAL_S):
-                            await self._parted.wait()
+                        async with asyncio.timeout(pause_s):
+                            await self.parted.wait()
                     except TimeoutError:
                         await self.beat(now_ms())
+                        pause_s = BEAT_INTERVAL_S
             except Unavailable as error:
                 self._part(error)
             except Exception as error:
@@ -253,8 +267,6 @@ class LimitBook:
                 self._part(error)
                 raise error
             self._sharers = sharers
-        while self._listed_in is None and self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
-            self._ended.popleft()
         while len(self._seen) > _MOST_SEEN:
             del self._seen[next(iter(self._seen))]
 
@@ -264,18 +276,19 @@ class LimitBook:
         Raises what reading the sums raises, where Valkey lost its counters.
         """
         self._session += 1
-        try:
-            marker = await self._pipeline.execute("GET", self._marker)
-            generation = marker.decode() if marker else await self._rebuild(now_ms)
-            sharers = cast(
-                int,
-                await self._call("join", generation, now_ms, (generation, now_ms - _LIVING_MS), (self._marker,)),
-            )
-            if sharers == 0:
-                raise Unavailable("Valkey lost its counters again.")
-        except BaseException:
+        marker = await self._pipeline.execute("GET", self._marker)
+        generation = marker.decode() if marker else await self._rebuild(now_ms)
+        if self._listed_in is not None and not (
+            self._listed_in == generation
+            and await self._pipeline.execute("SISMEMBER", f"{self._prefix}{generation}:heeded", self._process)
+        ):
+            # The list came too late, or was for a rebuild that was given up.
             self._listed_in = None
-            raise
+        sharers = cast(
+            int, await self._call("join", generation, now_ms, (generation, now_ms - _LIVING_MS), (self._marker,))
+        )
+        if sharers == 0:
+            raise Unavailable("Valkey lost its counters again.")
         self._sharers = sharers
         self._move(generation, now_ms)
         # Replies come in order: behind this one all that was moved is known to have arrived.
@@ -289,11 +302,12 @@ class LimitBook:
         is_listed = self._listed_in == generation
         if is_listed or self._generation not in (None, generation):
             # The counters are Postgres's sums, without the requests that this process listed: those it counts itself.
-            since_ms = 0 if is_listed else int(generation.partition("-")[0])
+            # Where its list came too late: what cannot be in the sums, for it was too new or ended too late.
+            began_ms = 0 if is_listed else int(generation.partition(".")[0])
             owed: list[Sequence[Any]] = []
             unknown: dict[str, tuple[int, Amounts]] = {}
             for ended_ms, hold in self._ended:
-                if ended_ms >= since_ms:
+                if ended_ms >= began_ms or hold.at_ms >= began_ms - _CLOCKS_APART_MS:
                     self._count(unknown, hold)
             self._seen.clear()
         else:
@@ -303,7 +317,7 @@ class LimitBook:
         self._owed, self._unknown = [], {}
         self._begun = pack_but_last("EVALSHA", _SCRIPT.sha, 0, *self._who("run", generation))
         self._is_alone = False
-        self._parted.clear()
+        self.parted.clear()
         self._now_ms = now_ms
         for step in owed:
             self._add_step(step)
@@ -321,12 +335,16 @@ class LimitBook:
     async def _rebuild(self, now_ms: int) -> str:
         """Have the counters rebuilt from Postgres, by this process or another; the generation that counts then.
 
-        Every process lists the requests that may or may not have reached Postgres; the sums leave those out, and their
-        process adds them when it joins. So each is counted once.
+        Every process lists the requests that may or may not have reached Postgres. The sums leave those out, and all
+        that were admitted since the rebuild began; their process adds them when it joins. So each is counted once.
         """
         lock = self._prefix + "rebuild"
-        building = f"{now_ms}-{self._process}-{self._session}"
+        building = f"{now_ms}.{self._process}.{self._session}"
         holder = await self._pipeline.execute("SET", lock, building, "NX", "GET", "PX", _LOCK_MS)
+        if holder is not None and holder.split(b".")[1] == self._process.encode():
+            # An attempt of this process that failed.
+            await self._pipeline.execute("SET", lock, building, "PX", _LOCK_MS)
+            holder = None
         if holder is not None:
             building = holder.decode()
         else:
@@ -335,12 +353,20 @@ class LimitBook:
                 # It was rebuilt just before.
                 await self._pipeline.execute("DEL", lock)
                 return marker.decode()
+        while self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
+            self._ended.popleft()
         self._listed_in = building
         mine = _pack([*self._open, *[hold.id for _, hold in self._ended]])
         await self._pipeline.execute("HSET", f"{self._prefix}{building}:listed", self._process, mine)
         await self._pipeline.execute("PEXPIRE", f"{self._prefix}{building}:listed", 6 * _LOCK_MS)
         if holder is None:
-            await self._lead(building, lock, now_ms)
+            try:
+                await self._lead(building, lock, now_ms)
+            except BaseException:
+                # Another may try at once.
+                with suppress(Unavailable):
+                    await self._call("quit", building, now_ms, (building,), (lock,))
+                raise
         else:
             await self._follow(building, lock)
         return building
@@ -352,9 +378,6 @@ class LimitBook:
                     break
                 raise Unavailable("The process that rebuilt the counters has given up.")
             await asyncio.sleep(_LOOK_INTERVAL_S)
-        # A list that came too late was not left out of the sums.
-        if not await self._pipeline.execute("SISMEMBER", f"{self._prefix}{building}:heeded", self._process):
-            self._listed_in = None
 
     async def _lead(self, building: str, lock: str, now_ms: int) -> None:
         listed, heeded = f"{self._prefix}{building}:listed", f"{self._prefix}{building}:heeded"
@@ -368,7 +391,7 @@ class LimitBook:
         await self._pipeline.execute("SADD", heeded, *found[::2])
         await self._pipeline.execute("PEXPIRE", heeded, 6 * _LOCK_MS)
         without = [hold_id for ids in found[1::2] for hold_id in cast("list[str]", _unpack(ids))]
-        reading = asyncio.ensure_future(self._read_sums(now_ms, without))
+        reading = asyncio.ensure_future(self._read_sums(now_ms, now_ms - _CLOCKS_APART_MS, without))
         try:
             while not reading.done():
                 await asyncio.wait([reading], timeout=_LOCK_MS / 3000)
@@ -509,7 +532,7 @@ class LimitBook:
         if self._is_alone:
             return
         self._is_alone = True
-        self._parted.set()
+        self.parted.set()
         log.warning("limits are decided by this process alone until Valkey is back: %s", error)
         if self._alone is None:
             self._alone = Book(self._sharers)

@@ -44,7 +44,7 @@ class LimitSums:
             SELECT key_id, environment_id, org_id, reservation_id, prompt_tokens + completion_tokens AS tokens,
                    floor(extract(epoch FROM admitted_at) * 1000 / $3::bigint)::bigint AS bucket
             FROM usage_records
-            WHERE id >= $1 AND outcome NOT IN ('failed', 'cut') AND id <> ALL($2::uuid[])
+            WHERE id >= $1 AND id < $4 AND outcome NOT IN ('failed', 'cut') AND id <> ALL($2::uuid[])
         ) counted
         GROUP BY GROUPING SETS ((key_id, bucket), (environment_id, bucket), (org_id, bucket), (reservation_id, bucket),
                                 (bucket))
@@ -55,7 +55,8 @@ class LimitSums:
             SELECT key_id, environment_id, org_id, prompt_tokens + completion_tokens AS tokens,
                    floor(extract(epoch FROM admitted_at) * 1000 / $3::bigint)::bigint AS bucket
             FROM usage_records
-            WHERE id >= $1 AND reservation_id IS NULL AND outcome NOT IN ('failed', 'cut') AND id <> ALL($2::uuid[])
+            WHERE id >= $1 AND id < $4 AND reservation_id IS NULL AND outcome NOT IN ('failed', 'cut')
+              AND id <> ALL($2::uuid[])
         ) counted
         GROUP BY GROUPING SETS ((key_id, bucket), (environment_id, bucket), (org_id, bucket), (bucket))
     """
@@ -63,7 +64,7 @@ class LimitSums:
     SUM_MONTH = """
         SELECT org_id, sum(list_price_microdollars)::bigint AS spend
         FROM usage_records
-        WHERE org_id = ANY($3::uuid[]) AND id >= $1 AND reservation_id IS NULL
+        WHERE org_id = ANY($3::uuid[]) AND id >= $1 AND id < $4 AND reservation_id IS NULL
           AND outcome NOT IN ('failed', 'cut') AND id <> ALL($2::uuid[])
         GROUP BY org_id
     """
@@ -71,8 +72,12 @@ class LimitSums:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def read(self, now_ms: int, without: Sequence[str]) -> list[Sum]:
-        """What counts at `now_ms` for every limited subject and meter, leaving out the requests of these shown ids."""
+    async def read(self, now_ms: int, before_ms: int, without: Sequence[str]) -> list[Sum]:
+        """What counts at `now_ms` for every limited subject and meter.
+
+        Of requests admitted before `before_ms`, and without those of these shown ids.
+        """
+        before = _lowest_id(before_ms)
         left_out = [REQUEST.parse(shown) for shown in without]
         month = Month.at(now_ms)
         async with self._pool.acquire() as connection, connection.transaction(isolation="repeatable_read"):
@@ -84,18 +89,16 @@ class LimitSums:
             def limits_of(layer: str, subject_id: UUID) -> LayerLimits:
                 return limits.get((layer, subject_id)) or DEFAULTS[layer]
 
-            minutes = await connection.fetch(
-                self.SUM_MINUTES, _lowest_id(MINUTE.oldest(now_ms) * MINUTE.bucket_ms), left_out, MINUTE.bucket_ms
-            )
-            hours = await connection.fetch(
-                self.SUM_HOURS, _lowest_id(DAY.oldest(now_ms) * DAY.bucket_ms), left_out, DAY.bucket_ms
-            )
+            since = _lowest_id(MINUTE.oldest(now_ms) * MINUTE.bucket_ms)
+            minutes = await connection.fetch(self.SUM_MINUTES, since, left_out, MINUTE.bucket_ms, before)
+            since = _lowest_id(DAY.oldest(now_ms) * DAY.bucket_ms)
+            hours = await connection.fetch(self.SUM_HOURS, since, left_out, DAY.bucket_ms, before)
             capped = [
                 subject_id
                 for (layer, subject_id), found in limits.items()
                 if layer == "org" and found.monthly_spend_microdollars is not None
             ]
-            months = await connection.fetch(self.SUM_MONTH, _lowest_id(month.starts_ms), left_out, capped)
+            months = await connection.fetch(self.SUM_MONTH, _lowest_id(month.starts_ms), left_out, capped, before)
         sums: list[Sum] = []
         for row in minutes:
             if row["is_reservation"]:
