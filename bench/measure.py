@@ -109,12 +109,10 @@ def streamed(running: Running, lengths: Lengths) -> tuple[Figures, Run]:
     return figures, run
 
 
-def idle(running: Running) -> tuple[Figures, Run]:
-    """Many silent connections: memory of each, and CPU while they are there."""
+def idle(running: Running, before_mib: float) -> tuple[Figures, Run]:
+    """Many silent connections: memory of each beyond what there was before, and CPU while they are there."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = min(IDLE_CONNECTIONS, descriptors - SPARE_DESCRIPTORS)
-    assert running.program is not None
-    before_mib = running.program.rss_bytes() / 2**20
     run, window = _load(running, lambda bench: bench.idle(connections))
     figures = {
         "idle_connections": float(connections),
@@ -124,10 +122,8 @@ def idle(running: Running) -> tuple[Figures, Run]:
     return figures, run
 
 
-def open_streams(running: Running) -> tuple[Figures, Run]:
-    """Many slow streams at a time: memory of each, and CPU an event."""
-    assert running.program is not None
-    before_mib = running.program.rss_bytes() / 2**20
+def open_streams(running: Running, before_mib: float) -> tuple[Figures, Run]:
+    """Many slow streams at a time: memory of each beyond what there was before, and CPU an event."""
     run, window = _load(
         running,
         lambda bench: bench.closed(OPEN_STREAMS, 2.0, 5.0, tokens=OPEN_STREAM_TOKENS, pace_ms=OPEN_STREAM_PACE_MS),

@@ -46,7 +46,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One of them. `prepare` installs it if need be and writes what it reads into the folder."""
+    """One of them. `title` has room for its version; `prepare` installs it and writes what it reads into the folder."""
 
     name: str
     title: str
@@ -127,10 +127,10 @@ def _portkey(port: int, engines: Sequence[str], folder: Path) -> Start:
 
 
 PEERS = (
-    Peer("sglang-router", "sglang-router, round robin", _sglang),
-    Peer("vllm-router", "vllm-router, round robin", _vllm),
-    Peer("portkey", "Portkey gateway", _portkey),
-    Peer("litellm", "LiteLLM proxy", _litellm, streams=2),
+    Peer("sglang-router", "sglang-router {}, round robin", _sglang),
+    Peer("vllm-router", "vllm-router {}, round robin", _vllm),
+    Peer("portkey", "Portkey gateway {}", _portkey),
+    Peer("litellm", "LiteLLM proxy {}", _litellm, streams=2),
 )
 
 

@@ -87,7 +87,8 @@ def cost_table(figures: Medians, rounds: Rounds, titles: Mapping[str, str]) -> s
     ]
     rows: list[list[str]] = []
     for system in systems:
-        seen = [row["cpu_us_per_request"] for row in rounds.get(system, ()) if "cpu_us_per_request" in row]
+        seen = [row.get("cpu_us_per_request", math.nan) for row in rounds.get(system, ())]
+        seen = [value for value in seen if not math.isnan(value)]
         events = shown(of(figures, system, "cpu_us_per_event"), 1)
         rows.append(
             [
@@ -176,7 +177,7 @@ def plot(figures: Medians, titles: Mapping[str, str], path: Path) -> None:
     matplotlib.use("Agg")
     # Its own annotations are partial.
     pyplot: Any = __import__("matplotlib.pyplot", fromlist=["pyplot"])
-    panels = (("cpu_us_per_request", "CPU per request, µs"), ("cpu_us_per_event", "CPU per streamed event, µs"))
+    panels = (("cpu_us_per_request", "µs CPU per request"), ("cpu_us_per_event", "µs CPU per streamed event"))
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 0.45 * len(titles) + 1.2), layout="constrained")
     for axis, (name, label) in zip(axes, panels, strict=True):
         values = {system: of(figures, system, name) for system in titles if system != DIRECT}
@@ -187,8 +188,8 @@ def plot(figures: Medians, titles: Mapping[str, str], path: Path) -> None:
         )
         axis.bar_label(bars, [shown(values[system], 1 if values[system] < 100 else 0) for system in systems], padding=3)
         axis.set_xscale("log")
-        axis.set_xlim(right=4 * max(values[system] for system in systems) if systems else 1)
-        axis.set_xlabel(f"{label} (log scale, less is better)")
+        axis.set_xlim(left=1, right=6 * max(values[system] for system in systems) if systems else 1)
+        axis.set_xlabel(f"{label} (logarithmic)")
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -224,7 +224,7 @@ def start_peer(bed: Bed, engines: Engines, peer: Peer) -> Running:
         peer.name, start.command, (bed.cores.gateway,), bed.log(peer.name), environment=environment, cwd=folder
     )
     target = Target(port, MODEL, headers=start.headers)
-    title = f"{peer.title} {version(peer.name)}"
+    title = peer.title.format(version(peer.name))
     return _ready(Running(peer.name, title, target, program, streams=peer.streams))
 
 
