@@ -19,7 +19,10 @@ import logging
 import os
 import shutil
 import struct
+import threading
+import time
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -119,8 +122,11 @@ class UsageLog:
         self.kept_bytes = 0
         self._size = 0
         self._fd = -1
-        self._full: list[int] = []
-        self._is_dirty = asyncio.Event()
+        # Full segments that are not synced yet; the thread that syncs takes them from the left.
+        self._full: deque[int] = deque()
+        self._is_dirty = False
+        self._is_ending = False
+        self._to_sync = threading.Event()
         self._is_unsyncable = False
         self._waiting: list[UsageRecord] = []
         self._roll()
@@ -205,7 +211,9 @@ class UsageLog:
             raise OSError(f"only {written} of {len(frame)} bytes could be written")
         self._size += written
         self.kept_bytes += written
-        self._is_dirty.set()
+        if not self._is_dirty:
+            self._is_dirty = True
+            self._to_sync.set()
 
     def _roll(self) -> None:
         following = self.segment + 1
@@ -216,35 +224,56 @@ class UsageLog:
         self._fd, self.segment, self._size = descriptor, following, 0
 
     async def keep_synced(self) -> None:
-        """Run for the life of the process: fdatasync off-thread, a few milliseconds after the first unsynced append.
+        """Run for the life of the process: fdatasync in a thread of its own, milliseconds after an unsynced append.
 
         While that fails no request is admitted (A5): it is tried again, on a new segment, until it goes well.
         """
+        thread = threading.Thread(
+            target=self._sync_on, args=(asyncio.get_running_loop(),), name="usage-log-sync", daemon=True
+        )
+        self._is_ending = False
+        thread.start()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._is_ending = True
+            self._to_sync.set()
+
+    def _sync_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread. It wakes the loop only when something is wrong: two hundred times a second would cost too much."""
         while True:
-            await self._is_dirty.wait()
-            await asyncio.sleep(SYNC_INTERVAL_S)
-            self._is_dirty.clear()
+            self._to_sync.wait()
+            if self._is_ending:
+                return
+            time.sleep(SYNC_INTERVAL_S)
+            self._to_sync.clear()
+            self._is_dirty = False
             try:
                 current = os.dup(self._fd)
-                full, self._full = self._full, []
-                await asyncio.to_thread(_sync_and_close, [*full, current])
+                full: list[int] = []
+                while self._full:
+                    full.append(self._full.popleft())
+                _sync_and_close([*full, current])
                 if self._is_unsyncable:
                     log.info("the usage log can be synced again")
                 self._is_unsyncable = False
             except OSError as error:
                 log.error("fdatasync of the usage log failed: %s", error)
                 self._is_unsyncable = True
-                await asyncio.sleep(SYNC_RETRY_S)
-                # After a failure the kernel takes the file's pages for written: only a new file tells the truth.
-                with contextlib.suppress(OSError):
-                    self._roll()
-                self._is_dirty.set()
+                time.sleep(SYNC_RETRY_S)
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """After a failed sync the kernel takes the file's pages for written: only a new file tells the truth."""
+        with contextlib.suppress(OSError):
+            self._roll()
+        self._to_sync.set()
 
     def close(self) -> None:
         """Sync and let go; what was not shipped is taken over by the next process."""
         try:
-            full, self._full = self._full, []
-            _sync_and_close([*full, self._fd])
+            _sync_and_close([*self._full, self._fd])
         finally:
             if self._lock is not None:
                 os.close(self._lock)
