@@ -120,7 +120,8 @@ class TestFeeds:
             return []
 
         inference = SimpleNamespace(catalog=None)
-        others: Any = SimpleNamespace(refresh=nothing, route_entries=nothing, replace=lambda entries: None)
+        taken: list[Any] = []
+        others: Any = SimpleNamespace(refresh=nothing, route_entries=nothing, replace=taken.extend)
         feeds = Feeds(
             changes=ChangeStore(pool),
             catalog=CatalogStore(pool),
