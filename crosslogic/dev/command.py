@@ -27,6 +27,7 @@ HELP = """\
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:
       orgs environments keys limits                who may do what
       nodes deployments models regions deadlines   what serves
+      reservations                                 capacity that orgs have prepaid
       usage requests audit                         what was used, and who changed what
       setup                                        bring schema, search attributes and seeds up to date
 
