@@ -503,11 +503,17 @@ class TestQueue:
         world = World()
         pool = world.add()
         world.fill(1_000)
-        waiting = world.later(world.enter())
+        first, second = world.later(world.enter(600)), world.later(world.enter(600))
         await settle(1)
-        pool.capacity_tokens = 2_000
+        pool.capacity_tokens = 1_600
+        assert pool.on_room is not None
+        pool.on_room()
+        await settle()
+        assert (first.done(), second.done()) == (True, False)
+        # Also if the pool says nothing of it.
+        pool.capacity_tokens = 2_200
         await settle(0.2)
-        assert waiting.done()
+        assert second.done()
 
 
 class TestNoNode:
@@ -612,6 +618,25 @@ class TestRegions:
         world.add(NEXT)
         world.lose()
         assert [world.enter_now() is not None for _ in range(12)] == [True] * 10 + [False] * 2
+
+    @in_virtual_time
+    async def test_a_request_is_counted_once_however_often_it_asks(self) -> None:
+        world = World()
+        world.add()
+        world.add(NEXT, 100_000)
+        world.lose()
+        world.fill(1_000)
+        waiting: list[asyncio.Task[Place]] = []
+        for _ in range(40):
+            asked = world.ask()
+            assert world.admission.enter_now(asked) is None
+            waiting.append(world.later(world.admission.enter(asked, world.gone)))
+        await settle(1)
+        # Fifty have come: the ten that went are a fifth.
+        assert world.admission.spilled == 10
+        assert world.admission.waiting == 40
+        world.gone.set_result(None)
+        await asyncio.wait(waiting)
 
     @in_virtual_time
     async def test_the_rest_queues_briefly_and_gets_a_503(self) -> None:
