@@ -178,7 +178,9 @@ class TestValkey:
                     msgspec.msgpack.decode(await flushing.execute("GET", key))
                     for key in await flushing.execute("KEYS", f"*:key:{ids.encode(fleet.key_id)}")
                 ]
-                return [[sum(dict(each or ()).values()) for each in found[:3]] for found in amounts] == [[4, 0, used]]
+                return [[sum(dict[int, int](each or ()).values()) for each in found[:3]] for found in amounts] == [
+                    [4, 0, used]
+                ]
 
             await first.until(is_counted, 10)
             async with serving(settings_of(**prefix, state_dir=tmp_path / "second"), fleet) as second:
