@@ -84,6 +84,12 @@ class TestTenancy:
             ("--org", "acme", "--env", "dev"),
         ):
             assert read("limits", "set", *whose, "--tokens-per-min", "5")["tokens_per_min"] == 5
+        assert read("limits", "set", "--global", "--dry-run", "tokens-per-min,concurrency")["dry_run"] == [
+            "tokens_per_min",
+            "concurrency",
+        ]
+        assert "tokens_per_min, concurrency" in ok("limits", "show", "--global")
+        assert read("limits", "set", "--global", "--dry-run", "none")["dry_run"] == []
         spend = read("limits", "set", "--org", "acme", "--monthly-spend-microdollars", "none")
         assert (spend["monthly_spend_microdollars"], spend["tokens_per_min"]) == (-1, 5)
 
@@ -236,6 +242,7 @@ class TestUsage:
             ("limits", "set", "--global", "--org", "demo", "--requests-per-min", "1"),
             ("limits", "set", "--global", "--requests-per-min", "many"),
             ("limits", "set", "--global", "--requests-per-min", "-5"),
+            ("limits", "set", "--global", "--dry-run", "everything"),
             ("keys", "list", "--env", "dev"),
             ("orgs", "set", "demo"),
             ("deadlines", "set", "llama-7b"),

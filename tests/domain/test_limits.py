@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -38,6 +39,11 @@ ENVIRONMENT = Subject("environment", "e")
 KEY = Subject("key", "k")
 
 
+def only(name: str, limit: int) -> LayerLimits:
+    """One limit and no other."""
+    return LayerLimits(**{name: limit})  # pyright: ignore[reportArgumentType]
+
+
 def refused(answer: Hold | Refusal) -> Refusal:
     assert isinstance(answer, Refusal), answer
     return answer
@@ -71,8 +77,8 @@ class TestLayerLimits:
 
     @pytest.mark.parametrize("name", METERS)
     def test_any_limit_counts_as_one(self, name: str) -> None:
-        assert LayerLimits(**{name: 1}).is_limited
-        assert LayerLimits(**{name: 1}).in_order()[METERS.index(name)] == 1
+        assert only(name, 1).is_limited
+        assert only(name, 1).in_order()[METERS.index(name)] == 1
 
 
 class TestMonth:
@@ -307,7 +313,7 @@ class TestReservation:
 class TestDryRun:
     @pytest.mark.parametrize("name", METERS)
     def test_counts_and_reports_and_refuses_nothing(self, name: str) -> None:
-        limits = LayerLimits(**{name: 1}, dry_run=frozenset({name}))
+        limits = replace(only(name, 1), dry_run=frozenset({name}))
         book = Book()
         first = book.place("a", [(KEY, limits)], 1, 1, NOW_MS)
         second = book.place("b", [(KEY, limits)], 1, 1, NOW_MS)
@@ -316,7 +322,7 @@ class TestDryRun:
         assert (first.would_refuse, second.would_refuse) == ((), (("key", name),))
         assert second.standing == Standing()
         # What was counted meanwhile is held against the limit once it binds.
-        assert refused(book.place("c", [(KEY, LayerLimits(**{name: 2}))], 1, 1, NOW_MS)).limit == name
+        assert refused(book.place("c", [(KEY, only(name, 2))], 1, 1, NOW_MS)).limit == name
 
     def test_leaves_the_other_limits_as_they_are(self) -> None:
         limits = LayerLimits(requests_per_min=1, tokens_per_min=1, dry_run=frozenset({"requests_per_min"}))

@@ -169,7 +169,7 @@ async def amounts_of(pipeline: PipelinedRedis, prefix: str) -> dict[str, list[An
             found[name] = sorted(await pipeline.execute("HKEYS", key))
         elif name.partition(":")[0] in ("global", "org", "environment", "key", "reservation"):
             *amounts, running = msgspec.msgpack.decode(await pipeline.execute("GET", key))
-            found[name] = [*(sum(dict(each or ()).values()) for each in amounts), running]
+            found[name] = [*(sum(dict[int, int](each or ()).values()) for each in amounts), running]
     return found
 
 

@@ -99,14 +99,16 @@ class TestFindPrincipals:
     async def test_shows_each_layers_limits_as_stored(self, house: House) -> None:
         await house.store.set_limits("global", GLOBAL_SUBJECT, {"concurrency": 500}, actor=ACTOR)
         await house.store.set_limits("org", house.org.id, {"monthly_spend_microdollars": 2**53 + 1}, actor=ACTOR)
-        await house.store.set_limits("key", house.key.id, {"requests_per_min": -1}, actor=ACTOR)
+        await house.store.set_limits(
+            "key", house.key.id, {"requests_per_min": -1}, dry_run=["concurrency"], actor=ACTOR
+        )
         principal = (await house.store.find_principals([keys.hash_secret(house.secret)])).popitem()[1]
         assert tuple(row.layer for row in principal.limits) == LAYERS
         assert principal.limits == (
             LimitRow("global", GLOBAL_SUBJECT, concurrency=500),
             LimitRow("org", house.org.id, monthly_spend_microdollars=2**53 + 1),
             LimitRow("environment", house.environment.id),
-            LimitRow("key", house.key.id, requests_per_min=-1),
+            LimitRow("key", house.key.id, requests_per_min=-1, dry_run=frozenset({"concurrency"})),
         )
 
     async def test_many_at_once(self, house: House) -> None:
@@ -249,10 +251,11 @@ class TestRotation:
         assert (await house.last_details())["successor"] == ids.KEY.show(new.id)
 
     async def test_the_successor_has_the_same_limits(self, house: House) -> None:
-        await house.store.set_limits("key", house.key.id, {"requests_per_min": 7, "concurrency": -1}, actor=ACTOR)
+        changes = {"requests_per_min": 7, "concurrency": -1}
+        await house.store.set_limits("key", house.key.id, changes, dry_run=["tokens_per_day"], actor=ACTOR)
         _, new, _ = await self.rotate(house)
         assert await house.store.get_limits("key", new.id) == LimitRow(
-            "key", new.id, requests_per_min=7, concurrency=-1
+            "key", new.id, requests_per_min=7, concurrency=-1, dry_run=frozenset({"tokens_per_day"})
         )
 
     async def test_an_earlier_end_stays(self, house: House) -> None:
@@ -285,6 +288,17 @@ class TestLimits:
         row = await house.store.set_limits("key", subject, {"requests_per_min": None}, actor=ACTOR)
         assert row == LimitRow("key", subject, concurrency=-1, tokens_per_min=0)
         assert await house.store.get_limits("key", subject) == row
+
+    async def test_dry_run_is_kept_until_it_is_set_anew(self, house: House) -> None:
+        subject = house.key.id
+        first = await house.store.set_limits("key", subject, {}, dry_run=["concurrency"], actor=ACTOR)
+        assert first == LimitRow("key", subject, dry_run=frozenset({"concurrency"}))
+        assert (await house.last_details()) == {"dry_run": ["concurrency"]}
+        assert (await house.store.set_limits("key", subject, {"concurrency": 3}, actor=ACTOR)).dry_run == {
+            "concurrency"
+        }
+        last = await house.store.set_limits("key", subject, {}, dry_run=[], actor=ACTOR)
+        assert last == LimitRow("key", subject, concurrency=3) == await house.store.get_limits("key", subject)
 
     async def test_racing_partial_updates_lose_nothing(self, house: House) -> None:
         names = ("requests_per_min", "tokens_per_min", "tokens_per_day", "concurrency")

@@ -212,7 +212,9 @@ class TestLimits:
         ):
             answer = api.get(path)
             assert answer.status_code == 200, answer.text
-            assert {value for name, value in answer.json().items() if name not in ("layer", "subject_id")} == {None}
+            assert answer.json().pop("dry_run") == []
+            kept = {"layer", "subject_id", "dry_run"}
+            assert {value for name, value in answer.json().items() if name not in kept} == {None}
 
     def test_a_partial_update_keeps_the_others(self, api: httpx.Client, key: Any) -> None:
         path = f"/limits/key/{key['id']}"
@@ -222,9 +224,19 @@ class TestLimits:
         assert api.put(path, json={"requests_per_min": None}).json()["requests_per_min"] is None
         assert api.get(path).json()["concurrency"] == -1
 
+    def test_dry_run_is_set_beside_the_limits(self, api: httpx.Client, key: Any) -> None:
+        path = f"/limits/key/{key['id']}"
+        row = api.put(path, json={"requests_per_min": 10, "dry_run": ["concurrency", "requests_per_min"]}).json()
+        assert (row["requests_per_min"], row["dry_run"]) == (10, ["requests_per_min", "concurrency"])
+        assert api.put(path, json={"requests_per_min": 11}).json()["dry_run"] == ["requests_per_min", "concurrency"]
+        row = api.put(path, json={"dry_run": []}).json()
+        assert (row["requests_per_min"], row["dry_run"]) == (11, [])
+        assert api.get(path).json() == row
+
     def test_what_cannot_be_is_refused(self, api: httpx.Client, key: Any) -> None:
         cases: list[Any] = [
             ("/limits/key/{key}", {}, (400, "nothing_to_set")),
+            ("/limits/key/{key}", {"dry_run": ["everything"]}, (400, "invalid_request")),
             ("/limits/key/{key}", {"requests_per_min": -2}, (400, "invalid_request")),
             ("/limits/key/{key}", {"requests_per_min": 10**16}, (400, "invalid_request")),
             ("/limits/key/{key}", {"requests_per_min": 1.5}, (400, "invalid_request")),

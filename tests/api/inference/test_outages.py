@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import msgspec
 import psutil
 import pytest
 
 from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.state import free_port
 from crosslogic.dev.valkey import Valkey
-from crosslogic.domain import keys
+from crosslogic.domain import ids, keys
+from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.store.migrations import migrate
 from tests.api.inference.conftest import Fleet, serving
 from tests.conftest import Server
@@ -140,8 +142,8 @@ class TestValkey:
                 began = time.monotonic()
                 statuses.append((await api.chat()).status_code)
                 assert time.monotonic() - began < 1
-            # This process counts alone: as many as the limit, and no more.
-            assert statuses == [200] * 4 + [429] * 2
+            # This process counts alone, from what it last knew: as many as the limit, and no more.
+            assert statuses == [200] * 3 + [429] * 3
             node = await fleet.add_node("http://127.0.0.1:9")
 
             async def is_known() -> bool:
@@ -149,7 +151,43 @@ class TestValkey:
 
             assert await api.until(is_known, 2)
             await asyncio.to_thread(server.start)
-            await fleet.records(5)
+            await fleet.records(4)
+
+    async def test_a4_a_flushed_one_counts_again_what_was_used(
+        self, own_valkey: tuple[Valkey, Server], settings_of: Any, fleet: Fleet, engine: Engine, tmp_path: Path
+    ) -> None:
+        valkey, _ = own_valkey
+        prefix = {"redis_url": valkey.url, "redis_prefix": "flushed:"}
+        await fleet.add_node(engine)
+        await fleet.limit("key", fleet.key_id, requests_per_min=8, tokens_per_day=100_000)
+        async with serving(settings_of(**prefix), fleet) as first:
+            for _ in range(3):
+                assert (await first.chat()).status_code == 200
+            await fleet.records(3)
+            flushing = PipelinedRedis(valkey.url)
+            running = asyncio.create_task(flushing.run())
+            await flushing.wait_connected()
+            await flushing.execute("FLUSHALL")
+            # Whoever asks meanwhile, and whoever starts now, knows what was used before.
+            assert (await first.chat()).headers["x-ratelimit-remaining-requests"] == "4"
+            await fleet.records(4)
+            used = await fleet.sql.fetchval("SELECT sum(prompt_tokens + completion_tokens) FROM usage_records")
+
+            async def is_counted() -> bool:
+                amounts = [
+                    msgspec.msgpack.decode(await flushing.execute("GET", key))
+                    for key in await flushing.execute("KEYS", f"*:key:{ids.encode(fleet.key_id)}")
+                ]
+                return [[sum(dict[int, int](each or ()).values()) for each in found[:3]] for found in amounts] == [
+                    [4, 0, used]
+                ]
+
+            await first.until(is_counted, 10)
+            async with serving(settings_of(**prefix, state_dir=tmp_path / "second"), fleet) as second:
+                statuses = [(await second.chat()).status_code for _ in range(5)]
+            assert statuses == [200] * 4 + [429]
+            running.cancel()
+            await asyncio.wait([running])
 
     async def test_a_frozen_one_delays_a_request_by_its_deadline_at_most(
         self, own_valkey: tuple[Valkey, Server], settings_of: Any, fleet: Fleet, engine: Engine

@@ -234,6 +234,11 @@ class TestBodies:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def _seconds(shown: str) -> int:
+    minutes, _, seconds = shown.rpartition("m")
+    return 60 * int(minutes or 0) + int(seconds.removesuffix("s"))
+
+
 class TestLimits:
     async def test_requests_beyond_the_limit_are_429_with_when_to_return(
         self, make_api: MakeApi, engine: Engine
@@ -250,7 +255,11 @@ class TestLimits:
             await _ask(api)
         assert caught.value.code == "rate_limit_exceeded"
         assert "key" in caught.value.message
-        assert int(caught.value.response.headers["retry-after"]) >= 1
+        headers = caught.value.response.headers
+        assert int(headers["retry-after"]) >= 1
+        assert headers["x-ratelimit-limit-requests"] == "2"
+        assert headers["x-ratelimit-remaining-requests"] == "0"
+        assert 0 <= int(headers["retry-after"]) - _seconds(headers["x-ratelimit-reset-requests"]) <= 1
         assert len(await api.fleet.records(2)) == 2
 
     async def test_concurrency_is_given_back_on_every_way_out(self, make_api: MakeApi, engine: Engine) -> None:
@@ -277,6 +286,17 @@ class TestLimits:
         await asyncio.sleep(0.6)
         answer = await api.chat()
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "quota_exceeded")
+        shown = {name: answer.headers[f"x-ratelimit-{name}-tokens"] for name in ("limit", "remaining", "reset")}
+        assert shown == {"limit": "100", "remaining": "100", "reset": "0ms"}
+
+    async def test_a_dry_run_limit_refuses_nothing(self, make_api: MakeApi, engine: Engine) -> None:
+        api = await make_api(engine)
+        await api.fleet.limit("key", api.fleet.key_id, requests_per_min=0)
+        await api.fleet.sql.execute("UPDATE limits SET dry_run = '{requests_per_min}' WHERE layer = 'key'")
+        await asyncio.sleep(0.6)
+        answer = await api.chat()
+        assert answer.status_code == 200
+        assert "x-ratelimit-limit-requests" not in answer.headers
 
     async def test_what_was_held_and_not_used_is_given_back(self, make_api: MakeApi, engine: Engine) -> None:
         api = await make_api(engine)
