@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import parse_qs
@@ -18,6 +18,8 @@ from crosslogic.domain.errors import Rejected
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 _convert = msgspec.convert
+# `type` with a type: what JSON made is anything.
+_type_of: Callable[[Any], object] = type
 
 # Four bytes of JSON to a token is what English text needs; the estimate is settled to the truth in the end.
 BYTES_PER_TOKEN = 4
@@ -220,14 +222,14 @@ def _count_keys(body: dict[str, Any]) -> int:
         below: list[Any] = []
         for item in level:
             values: Any = item
-            shape = cast("type[Any]", type(item))
+            shape = _type_of(item)
             if shape is dict:
                 keys += len(item)
                 values = item.values()
             if len(item) > 32 and _SCALARS.issuperset(map(type, values)):
                 continue
             for value in values:
-                shape = cast("type[Any]", type(value))
+                shape = _type_of(value)
                 if shape is dict or shape is list:
                     below.append(value)
         if not below:
