@@ -14,11 +14,12 @@ from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from api import admin, error_handlers
 from api.admin.context import AdminContext
+from api.admin.schemas import ErrorOut
 from api.feeds import Feeds
 from api.inference import metering, openapi
 from api.inference.auth import KeyRing, within
@@ -172,12 +173,23 @@ def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:
     async def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operations"], summary="Has it read keys, models and nodes, so that it can answer?")
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        summary="Has it read keys, models and nodes, so that it can answer?",
+        responses={503: {"description": "Not yet."}},
+    )
     async def readyz(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         is_ready: bool = request.app.state.is_ready()
         return JSONResponse({"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503)
 
-    @app.get("/metrics", tags=["operations"], summary="Prometheus metrics; outside dev mode for the admin token only")
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        summary="Prometheus metrics; outside dev mode for the admin token only",
+        response_class=PlainTextResponse,
+        responses={401: {"model": ErrorOut, "description": "Not the admin token."}},
+    )
     async def metrics(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         token = settings.admin_token.get_secret_value() if settings.admin_token else ""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")

@@ -53,7 +53,7 @@ def _json(schema: str) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
 
 
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM = {"text/event-stream": {"schema": {"description": "Server-sent events; the last is `[DONE]`."}}}
 _REGION = {
     "name": "x-crosslogic-region",
     "in": "header",
