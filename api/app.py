@@ -13,10 +13,11 @@ from functools import cache, partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from api import admin, error_handlers, scraping
 from api.admin.context import AdminContext
+from api.admin.schemas import ErrorOut
 from api.feeds import Feeds
 from api.inference import metering, openapi
 from api.inference.admission import Admission
@@ -188,12 +189,23 @@ def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:
     async def healthz() -> dict[str, str]:  # pyright: ignore[reportUnusedFunction]
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["operations"], summary="Has it read keys, models and nodes, so that it can answer?")
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        summary="Has it read keys, models and nodes, so that it can answer?",
+        responses={503: {"description": "Not yet."}},
+    )
     async def readyz(request: Request) -> JSONResponse:  # pyright: ignore[reportUnusedFunction]
         is_ready: bool = request.app.state.is_ready()
         return JSONResponse({"status": "ready" if is_ready else "starting"}, 200 if is_ready else 503)
 
-    @app.get("/metrics", tags=["operations"], summary="Prometheus metrics; outside dev mode for the admin token only")
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        summary="Prometheus metrics; outside dev mode for the admin token only",
+        response_class=PlainTextResponse,
+        responses={401: {"model": ErrorOut, "description": "Not the admin token."}},
+    )
     async def metrics(request: Request) -> Response:  # pyright: ignore[reportUnusedFunction]
         if not scraping.may_scrape(settings, request.headers.get("authorization", "")):
             raise Rejected("Send the admin token: Authorization: Bearer …", status=401, code="invalid_token")

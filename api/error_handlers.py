@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from api.errors import error_body, error_object
 from crosslogic.domain import ids
@@ -73,4 +74,13 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     }
     message = messages.get(error.status_code, str(error.detail))
     body = error_object(error.status_code, message, None)
-    return _respond(error.status_code, body, error.headers or {}, _request_id())
+    headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers or {}
+    return _respond(error.status_code, body, headers, _request_id())
+
+
+def _methods(request: Request) -> str:
+    """What is possible at this path, whichever of its routes was found first."""
+    paths: dict[str, Any] = request.app.openapi()["paths"]
+    path = request.url.path
+    templates = [path] if path in paths else [one for one in paths if compile_path(one)[0].match(path)]
+    return ", ".join(sorted({method.upper() for template in templates for method in paths[template]}))

@@ -98,8 +98,10 @@ class TargetIn(Body):
     """How many replicas a region must have."""
 
     region: Annotated[str, Field(max_length=64, examples=["in-mumbai"])]
-    replicas_min: int = Field(ge=0, le=1000, examples=[2])
-    replicas_max: int | None = Field(default=None, ge=0, le=1000, description="Left out: replicas_min.", examples=[4])
+    replicas_min: int = Field(strict=True, ge=0, le=1000, examples=[2])
+    replicas_max: int | None = Field(
+        default=None, strict=True, ge=0, le=1000, description="Left out: replicas_min.", examples=[4]
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> TargetIn:

@@ -62,8 +62,8 @@ class NodeIn(Body):
     model: ModelName
     region: RegionName
     gpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$", description="Empty: the cheapest that fits.")] = ""
-    spot: bool = Field(default=True, description="A spot machine, which the cloud may take back.")
-    drain_timeout_s: int = Field(default=120, ge=1, le=86_400)
+    spot: bool = Field(default=True, strict=True, description="A spot machine, which the cloud may take back.")
+    drain_timeout_s: int = Field(default=120, strict=True, ge=1, le=86_400)
     node_id: NewNodeId = None
 
 
@@ -82,7 +82,7 @@ class JoinIn(Body):
     endpoint: Annotated[
         str, Field(max_length=500, description="Base URL of its engine.", examples=["https://gpu-7.example.org"])
     ]
-    drain_timeout_s: int = Field(default=120, ge=1, le=86_400)
+    drain_timeout_s: int = Field(default=120, strict=True, ge=1, le=86_400)
     node_id: NewNodeId = None
 
 

@@ -235,7 +235,12 @@ class RotationIn(Body):
     """How a key is replaced by another."""
 
     overlap_s: int = Field(
-        default=86_400, ge=0, le=30 * 86_400, description="So long the old key goes on working.", examples=[86_400]
+        default=86_400,
+        strict=True,
+        ge=0,
+        le=30 * 86_400,
+        description="So long the old key goes on working.",
+        examples=[86_400],
     )
     expires_at: Instant | None = Field(
         default=None,
@@ -340,7 +345,13 @@ async def rotate_key(key_id: KeyPath, body: RotationIn, admin: Admin) -> Rotatio
 
 LimitValue = Annotated[
     int | None,
-    Field(ge=-1, le=10**15, description="Null: the layer's default. -1: no limit. 0: nothing passes.", examples=[120]),
+    Field(
+        strict=True,
+        ge=-1,
+        le=10**15,
+        description="Null: the layer's default. -1: no limit. 0: nothing passes.",
+        examples=[120],
+    ),
 ]
 
 
