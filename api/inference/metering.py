@@ -240,7 +240,7 @@ class UsageLog:
             self._to_sync.set()
 
     def _sync_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The thread. It wakes the loop only when something is wrong: two hundred times a second would cost too much."""
+        """The thread. It wakes the loop only when something is wrong; two hundred times a second would cost a lot."""
         while True:
             self._to_sync.wait()
             if self._is_ending:

@@ -732,7 +732,7 @@ class TestFlushed:
         for at_ms in admitted_ms:
             request_id = uuid7(at_ms, int.from_bytes(os.urandom(10), "big"))
             record = replace(_RECORD, id=request_id, **changes)
-            await UsageStore(pool).add([record])
+            await UsageStore(pool).add([msgspec.json.encode(record)])
             await pool.execute("UPDATE usage_records SET reservation_id = $2 WHERE id = $1", record.id, reservation_id)
 
     async def limit(self, pool: asyncpg.Pool) -> list[Limited]:
@@ -804,7 +804,7 @@ class TestFlushed:
                     await asyncio.sleep(0.01)
                     book.settle(REQUEST.show(request_id), 10, 4, now_ms())
                     requests += 1
-                    await UsageStore(pool).add([replace(_RECORD, id=request_id)])
+                    await UsageStore(pool).add([msgspec.json.encode(replace(_RECORD, id=request_id))])
 
             async def together() -> None:
                 while any(book.is_alone for book in books):  # noqa: ASYNC110

@@ -337,7 +337,7 @@ class TestWireForms:
         engine.always = flood
         api = await make_api(engine)
         client = await api.open(
-            json.dumps({"model": "llama-7b", "messages": [{"role": "user"}], "stream": True}).encode()
+            json.dumps({"model": "llama-7b", "messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
         )
         await client.read_until(b"\r\n\r\n")
         client.stop_reading()
