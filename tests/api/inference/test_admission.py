@@ -802,6 +802,20 @@ class TestNextRegion:
         assert world.admission.next_region(place, home.nodes) is not None
 
     @in_virtual_time
+    async def test_a_lost_home_is_left_for_a_region_with_room_only(self) -> None:
+        world = World()
+        world.add()
+        other = world.add(NEXT)
+        place = world.enter_now()
+        assert place is not None
+        world.lose()
+        other.tokens_in_flight = 901
+        assert world.admission.next_region(place, []) is None
+        other.tokens_in_flight = 900
+        assert world.admission.next_region(place, []) is not None
+        assert world.admission.spilled == 1
+
+    @in_virtual_time
     async def test_leaving_a_lost_home_counts_as_spill(self) -> None:
         world = World()
         pool = world.add()
