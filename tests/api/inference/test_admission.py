@@ -500,7 +500,7 @@ class TestQueue:
 
     @in_virtual_time
     async def test_new_nodes_are_used_by_those_who_wait(self) -> None:
-        world = World()
+        world = World(queue_s=60)
         pool = world.add()
         world.fill(1_000)
         first, second = world.later(world.enter(600)), world.later(world.enter(600))
