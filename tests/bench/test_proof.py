@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import asyncpg
+import msgspec
 import pytest
 
 from bench.engine import ANSWER_TOKENS, PROMPT_TOKENS
@@ -18,7 +19,7 @@ from bench.seed import Seeded, seed
 from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.ids import encode
 from crosslogic.domain.keys import hash_secret
-from crosslogic.domain.limits import LayerLimits, Placed, Subject
+from crosslogic.domain.limits import Hold, LayerLimits, Subject
 from crosslogic.domain.usage import Outcome, TokenSource, UsageRecord
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.pipeline import PipelinedRedis
@@ -74,9 +75,12 @@ class TestProve:
         pipeline = PipelinedRedis(valkey.url)
         running = asyncio.create_task(pipeline.run())
         prefix = f"proof{os.urandom(4).hex()}:"
-        book = LimitBook(pipeline, prefix)
+        book = LimitBook(pipeline, prefix, encode(new_id()))
+        deciding = asyncio.create_task(book.run(lambda: time.time_ns() // 1_000_000))
         try:
             await pipeline.wait_connected()
+            while book.is_alone:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             principal = (await TenancyStore(pool).find_principals([hash_secret(seeded.secret)])).popitem()[1]
             assert [row.layer for row in principal.limits] == list(seeded.subjects)
             limited = [(Subject(row.layer, encode(row.subject_id)), LayerLimits.of(row)) for row in principal.limits]
@@ -85,9 +89,9 @@ class TestProve:
             records = [a_record(seeded) for _ in range(3)]
             for record in records:
                 now_ms = time.time_ns() // 1_000_000
-                assert isinstance(await book.place(encode(record.id), limited, 500, 40, now_ms), Placed)
-                await book.settle(encode(record.id), TOKENS, record.list_price_microdollars, now_ms)
-                await UsageStore(pool).add([record])
+                assert isinstance(await book.place(encode(record.id), limited, 500, 40, now_ms), Hold)
+                book.settle(encode(record.id), TOKENS, record.list_price_microdollars, now_ms)
+                await UsageStore(pool).add([msgspec.json.encode(record)])
                 sent.add(Run(answered=1, completion_tokens=ANSWER_TOKENS))
             proof = await prove(database, valkey.url, seeded, sent, prefix)
             assert proof.problems == ()
@@ -102,6 +106,7 @@ class TestProve:
                 "spend that layer org counted and recorded",
             ]
         finally:
+            deciding.cancel()
             running.cancel()
             await pool.close()
 

@@ -760,7 +760,7 @@ class TestFlushed:
         hour_ms = 3_600_000
         ages_ms = [1_001, 2_000, 59_999, 70_000, hour_ms, 20 * hour_ms, 26 * hour_ms, 40 * 24 * hour_ms]
         await self.write(pool, [NOW_MS - age_ms for age_ms in ages_ms])
-        nothing = {"prompt_tokens": 0, "completion_tokens": 0, "list_price_microdollars": 0}
+        nothing: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0, "list_price_microdollars": 0}
         await self.write(pool, [NOW_MS - 1500], outcome=Outcome.FAILED, **nothing)
         await self.write(pool, [NOW_MS - 1500], outcome=Outcome.CLIENT_GONE, completion_tokens=0)
         await self.write(pool, [NOW_MS - 1500, NOW_MS - 1600], reservation_id=_RESERVATION)

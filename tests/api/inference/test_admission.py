@@ -6,12 +6,13 @@ import asyncio
 import functools
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
 
 from api.inference.admission import Admission, Asked, Place
+from api.inference.router import RouteTable
 from api.inference.upstream import ClientGone
 from crosslogic.domain.catalog import Catalog, Deployment
 from crosslogic.domain.deployment import RegionTarget
@@ -68,7 +69,7 @@ class World:
         self._changed = asyncio.Event()
         self.loop = asyncio.get_running_loop()
         self.admission = Admission(
-            self,
+            cast(RouteTable, self),
             queue_s=queue_s,
             queue_most=queue_most,
             hold_s=hold_s,
