@@ -153,7 +153,7 @@ class TestText:
         engines = [await make_engine() for _ in range(2)]
         api = await make_api(*engines)
         begun = says(sse(completion_chunk("Once")), sse(completion_chunk(" upon")), pause_s=0.005, then=reset)
-        usage = {**completion_chunk(""), "choices": [], "usage": usage_of(6, 2)}
+        usage: dict[str, Any] = {**completion_chunk(""), "choices": [], "usage": usage_of(6, 2)}
         rest = says(
             *(sse(completion_chunk(word)) for word in (" a", " time")),
             sse(completion_chunk("", "stop")),
@@ -234,7 +234,9 @@ def says_events(*documents: dict[str, Any], then: Plan | None = None) -> Plan:
 
 
 class TestForms:
-    TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}},)
+    TOOLS: tuple[dict[str, Any], ...] = (
+        {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}},
+    )
 
     async def test_a_tool_call_that_is_repeated_goes_on(self, make_api: MakeApi, make_engine: MakeEngine) -> None:
         engines = [await make_engine() for _ in range(2)]

@@ -128,7 +128,7 @@ async def _stream(
 
 async def _rest_of(engine: RealEngine, told: str, left: int, asked: dict[str, Any]) -> str:
     """What an engine itself says behind `told`."""
-    fields = {**asked, "temperature": 0, "seed": 7, "max_tokens": left, "cache_prompt": False}
+    fields: dict[str, Any] = {**asked, "temperature": 0, "seed": 7, "max_tokens": left, "cache_prompt": False}
     path = fields.pop("path", "/v1/chat/completions")
     if "prompt" in fields:
         fields["prompt"] += told
@@ -172,7 +172,7 @@ class TestKilledInTheMiddle:
         else:
             # A few pieces may have been on their way when the engine died: the seam is behind one of them.
             assert text.startswith("".join(whole[:kill_after]))
-            possible = []
+            possible: list[str] = []
             for count in range(kill_after, min(kill_after + 8, len(whole))):
                 told = "".join(whole[:count])
                 space = told[len(told.rstrip()) :]
