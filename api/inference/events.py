@@ -21,10 +21,13 @@ _encode = msgspec.json.Encoder().encode
 LONGEST_EVENT_BYTES = 1 << 20
 # Beyond this what was relayed is read into texts, so that a thousand open streams stay small.
 MOST_UNREAD_BYTES = 16 * 1024
+# No engine counts further; beyond it a usage is not believed.
+MOST_TOKENS = 1 << 40
 DONE = b"data: [DONE]\n\n"
 
 # An event with one of these is looked at one by one; all others are passed on in the bunches they came in.
-_SPECIAL = re.compile(rb'"usage":\s*\{|\[DONE\]|"error"|"timings"|(?:^|\n)error:')
+# Six searches for fixed bytes take a tenth of the time of one for a pattern.
+_SPECIAL = (b'"usage":{', b'"usage": {', b"[DONE]", b'"error"', b'"timings"', b"error:")
 _MODEL = re.compile(rb'"model":\s*"(?:[^"\\]|\\.)*"')
 _TOKEN = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments|name)":\s*"[^"]')
 
@@ -229,7 +232,7 @@ class EventStream:
                 self._foreign_name = b"" if found[0] == self._name else found[0]
         if self._foreign_name:
             data = data.replace(self._foreign_name, self._name)
-        if self._seam is not None or _SPECIAL.search(data) is not None:
+        if self._seam is not None or _is_special(data):
             data = b"".join([self._inspect(event) for event in data.split(b"\n\n") if event.strip()])
         if not self.has_token and _TOKEN.search(data) is not None:
             self.has_token = True
@@ -242,7 +245,7 @@ class EventStream:
 
     def _inspect(self, event: bytes) -> bytes:
         """One event as it may be relayed; what needs no change keeps its bytes."""
-        if self._seam is None and _SPECIAL.search(event) is None:
+        if self._seam is None and not _is_special(event):
             return event + b"\n\n"
         name, _, payload = event.partition(b":")
         payload = payload.strip()
@@ -281,6 +284,13 @@ class EventStream:
         return (b"data: " + _encode(chunk) if is_changed else event) + b"\n\n"
 
 
+def _is_special(data: bytes) -> bool:
+    usage, spaced_usage, done, error, timings, error_field = _SPECIAL
+    return (
+        usage in data or done in data or error in data or timings in data or spaced_usage in data or error_field in data
+    )
+
+
 def answer_bytes(document: dict[str, Any]) -> int:
     """How much text a whole answer holds, in bytes."""
     size = 0
@@ -300,7 +310,13 @@ def usage_tokens(usage: dict[str, Any] | None) -> tuple[int, int, int] | None:
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
     details = usage.get("prompt_tokens_details")
     cached = cast("dict[str, Any]", details).get("cached_tokens", 0) if isinstance(details, dict) else 0
-    counts = (prompt, completion or 0, cached or 0)
-    if not all(isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 1 << 40 for count in counts):
+    if completion is None:
+        completion = 0
+    if cached is None:
+        cached = 0
+    # Exactly int: JSON knows true and 1.0 as well.
+    if not (type(prompt) is type(completion) is type(cached) is int):
         return None
-    return cast("tuple[int, int, int]", counts)
+    if not (0 <= prompt < MOST_TOKENS and 0 <= completion < MOST_TOKENS and 0 <= cached < MOST_TOKENS):
+        return None
+    return prompt, completion, cached

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from random import Random
 from typing import Any
 from urllib.parse import parse_qs
 from uuid import UUID
@@ -75,6 +76,8 @@ class Inference:
         self._read_usage = read_usage
         self._max_body_bytes = max_body_bytes
         self._tracer = tracer
+        # Ids must differ, not be secret: no call into the kernel for each.
+        self._random_bits = Random(os.urandom(32)).getrandbits
         # What is the same for many requests, until the catalog changes.
         self._plans: dict[tuple[str, tuple[str, ...]], RegionPlan] = {}
         self._reserved: dict[Holder, Reserved] = {}
@@ -101,7 +104,7 @@ class Inference:
     async def __call__(self, exchange: Exchange) -> None:
         """Answer one HTTP request whose path starts with `/v1/`. Raises nothing."""
         started, started_at = time.monotonic(), self._loop.time()
-        request_id = uuid7(now_ms(), int.from_bytes(os.urandom(10), "big"))
+        request_id = uuid7(now_ms(), self._random_bits(80))
         shown_id = REQUEST.show(request_id)
         authorization = region = client_request_id = traceparent = tracestate = b""
         length = -1

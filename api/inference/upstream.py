@@ -271,7 +271,10 @@ class Connection(asyncio.Protocol):
                 self.fail(error)
                 return
             if not self._is_paused:
-                self._deadline_at = at = min(self._loop.time() + self._idle_s, self._most_at)
+                at = self._loop.time() + self._idle_s
+                if at > self._most_at:
+                    at = self._most_at
+                self._deadline_at = at
                 if self._timer_at > at:
                     self._arm(at)
         if self._is_complete or self._is_enough:
