@@ -307,9 +307,10 @@ def usage_tokens(usage: dict[str, Any] | None) -> tuple[int, int, int] | None:
     """(prompt, completion, cached) of an OpenAI usage object; None when it cannot be believed."""
     if usage is None:
         return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    prompt: Any = usage.get("prompt_tokens")
+    completion: Any = usage.get("completion_tokens", 0)
     details = usage.get("prompt_tokens_details")
-    cached = cast("dict[str, Any]", details).get("cached_tokens", 0) if isinstance(details, dict) else 0
+    cached: Any = cast("dict[str, Any]", details).get("cached_tokens", 0) if isinstance(details, dict) else 0
     if completion is None:
         completion = 0
     if cached is None:
