@@ -244,6 +244,47 @@ class TestFraming:
         assert engine.requests == []
 
 
+class TestBounds:
+    """What a parser of the socket must not swallow without end."""
+
+    @pytest.mark.parametrize("path", [CHAT, "/admin/orgs", "/healthz"])
+    async def test_h8_an_upgrade_does_not_turn_the_body_into_another_request(
+        self, api: Api, engine: Engine, wire: Socket, path: str
+    ) -> None:
+        # Parsers take what follows a request for an upgrade as another protocol's.
+        smuggled = request(api, first="GET /v1/models HTTP/1.1")
+        lines = ["Connection: upgrade", "Upgrade: h2c", length(smuggled)]
+        wire.send(request(api, *lines, first=f"POST {path} HTTP/1.1"))
+        assert (await wire.answer()).status >= 400
+        wire.send(smuggled)
+        assert await wire.is_quiet()
+
+    @pytest.mark.parametrize(
+        ("piece", "path"),
+        [
+            (b"a" * 8192, CHAT),
+            (b"a" * 8192, "/healthz"),
+            (b"X-A: " + b"a" * 8185 + b"\r\n", CHAT),
+            (b"X-A: " + b"a" * 8185 + b"\r\n", "/healthz"),
+            (b"a:\r\n" * 2048, CHAT),
+        ],
+    )
+    async def test_h8_headers_without_end_are_cut_off(self, wire: Socket, piece: bytes, path: str) -> None:
+        wire.send(f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Long: ".encode())
+        # 64 KiB, and what was on its way.
+        assert await wire.flood(piece) < 64
+        assert (await wire.rest()).split(b" ", 2)[1:2] in ([b"400"], [b"431"], [])
+
+    async def test_h8_a_trailer_without_end_is_cut_off(self, api: Api, wire: Socket) -> None:
+        wire.send(request(api, "Transfer-Encoding: chunked", body=b"2\r\n{}\r\n0\r\nX-Long: "))
+        assert await wire.flood(b"a" * 8192) < 64
+
+    async def test_h8_a_target_without_end_is_cut_off(self, wire: Socket) -> None:
+        wire.send(b"GET /v1/models?")
+        assert await wire.flood(b"a" * 8192) < 64
+        assert (await wire.rest()).split(b" ", 2)[1:2] in ([b"400"], [b"414"], [b"431"], [])
+
+
 class TestHeaders:
     async def test_h8_only_ours_reach_the_engine(self, api: Api, engine: Engine, wire: Socket) -> None:
         wire.send(

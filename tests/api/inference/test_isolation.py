@@ -307,7 +307,15 @@ class TestCanary:
             ("GET", "/v1/models", "", {"Authorization": f"Bearer {secret}{secret}"}),
             *(
                 ("POST", "/v1/chat/completions", chat_body(model=tenant.model), own | {name: secret})
-                for name in ("x-crosslogic-region", "cookie", "user-agent", "x-api-key", "referer", "content-type")
+                for name in (
+                    "x-crosslogic-region",
+                    "x-request-id",
+                    "cookie",
+                    "user-agent",
+                    "x-api-key",
+                    "referer",
+                    "content-type",
+                )
             ),
         ]
         for method, target, body, headers in asked:
