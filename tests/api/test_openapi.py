@@ -12,10 +12,9 @@ from typing import Any
 
 import asyncpg
 import pytest
-import schemathesis
+import schemathesis as untyped
 from hypothesis import HealthCheck, settings
 from pydantic import SecretStr
-from schemathesis.checks import CHECKS, load_all_checks
 
 from api.app import create_app
 from crosslogic.dev.postgres import Postgres
@@ -28,9 +27,13 @@ from tests.engines import Engine
 
 TOKEN = "adm_a-token-for-tests-of-the-document"
 
-load_all_checks()
+# Its types have gaps.
+schemathesis: Any = untyped
+schemathesis.checks.load_all_checks()
+CHECKS = schemathesis.checks.CHECKS
 # Valid by its shape is not yet valid: there may be no such org, region or model.
 EXCLUDED = [CHECKS.get_one("positive_data_acceptance")]
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 # Under /v1 it is the message that says which method to use.
 METHODS = [CHECKS.get_one("unsupported_method"), CHECKS.get_one("allow_header_conformance")]
 
@@ -116,7 +119,7 @@ schema = schemathesis.openapi.from_dict(
 
 
 @schema.parametrize()
-@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
 def test_every_answer_is_documented(case: Any, served: Served) -> None:
     is_inference = case.path.startswith("/v1")
     secret = served.secret if is_inference else TOKEN
