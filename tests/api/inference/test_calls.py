@@ -185,6 +185,7 @@ class TestReadCall:
             (b'{"a":1e999}', "too large"),
             (b"model=llama-7b&prompt=hi", "Invalid character"),
             (b"[" * 100_000 + b"]" * 100_000, "at most 128 levels"),
+            (b'{"a":' * 300_000, "more than 100000 lists and objects"),
             (_chat(x=[[]] * 100_001), "more than 100000 lists and objects"),
         ],
     )
@@ -225,7 +226,7 @@ class TestReadCall:
             # The body itself is the first of them.
             if 1 + levels * repeats > 128:
                 assert isinstance(found, Rejected)
-                assert "too deeply" in found.message
+                assert "too deeply" in found.message or "lists and objects" in found.message
             elif isinstance(found, Rejected):
                 assert field != "x"
                 assert (found.param or "").startswith(field)
@@ -318,6 +319,10 @@ class TestRepeatedKeys:
         raw = _chat()[:-1] + b',"x":' + b"[" * 700 + b"]" * 700 + b',"x":1}'
         with pytest.raises(Rejected):
             _deeper(400, lambda: read_call(CHAT, raw, b"", ""))
+
+    def test_h8_brackets_within_a_text_are_no_crowd(self) -> None:
+        text = '[{"a\\' * 100_000
+        assert read_call(CHAT, _chat(messages=[{"role": "user", "content": text}]), b"", "").choices == 1
 
     def test_json_within_a_text_is_no_matter(self) -> None:
         text = json.dumps({"a": {"b": 'c"'}}) * 3 + '":' + json.dumps('"a":1,"a":1')
