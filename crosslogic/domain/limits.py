@@ -258,8 +258,7 @@ NO_STANDING: Final = Standing()
 class Hold:
     """One request's grab of the budget: the request may run.
 
-    `tokens` and `spend` are what was held; `used_tokens` and `used_spend` are what is counted, which the end sets to
-    the truth. `would_refuse` names the dry-run limits (layer, limit) that were in the way.
+    `tokens` and `spend` are what was held. `would_refuse` names the dry-run limits (layer, limit) that were in the way.
     """
 
     __slots__ = (
@@ -272,8 +271,6 @@ class Hold:
         "spend",
         "standing",
         "tokens",
-        "used_spend",
-        "used_tokens",
         "would_refuse",
     )
 
@@ -288,8 +285,8 @@ class Hold:
     ) -> None:
         self.id = id
         self.limited = limited
-        self.tokens = self.used_tokens = tokens
-        self.spend = self.used_spend = spend
+        self.tokens = tokens
+        self.spend = spend
         self.at_ms = at_ms
         self.reservation = reservation
         self.standing = NO_STANDING
@@ -300,8 +297,13 @@ class Hold:
 
     def buckets(self) -> tuple[int, int, int, int]:
         """Where its amounts are counted, by meter."""
-        minute = self.at_ms // MINUTE.bucket_ms
-        return minute, minute, self.at_ms // DAY.bucket_ms, Month.at(self.at_ms).number
+        return buckets_at(self.at_ms)
+
+
+def buckets_at(at_ms: int) -> tuple[int, int, int, int]:
+    """The buckets of an instant, by meter."""
+    minute = at_ms // MINUTE.bucket_ms
+    return minute, minute, at_ms // DAY.bucket_ms, Month.at(at_ms).number
 
 
 class LimitReached(Rejected):

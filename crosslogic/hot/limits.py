@@ -36,6 +36,7 @@ from crosslogic.domain.limits import (
     Standing,
     Sum,
     add_to,
+    buckets_at,
     no_amounts,
     refuse,
 )
@@ -98,6 +99,11 @@ async def no_sums(now_ms: int, before_ms: int, without: Sequence[str]) -> Iterab
     return ()
 
 
+# An ending: when, the hold's id, when it was placed, its subjects, tokens, spend, and its reservation if it was
+# reserved. Many are kept, so it is a tuple, which costs the garbage collector least.
+_End = tuple[int, str, int, Sequence[Limited], int, int, Reserved | None]
+
+
 class LimitBook:
     """Places, settles and releases holds; every decision is one atomic step over all layers, or none of it.
 
@@ -137,7 +143,7 @@ class LimitBook:
         self._seen: dict[bytes, bytes] = {}
         self._open: dict[str, Hold] = {}
         # Endings of the last half minute, of whole requests; kept longer while a rebuild counts on them.
-        self._ended: deque[tuple[int, Hold]] = deque()
+        self._ended: deque[_End] = deque()
         self._listed_in: str | None = None
         # What Valkey has yet to hear: steps whose outcome is unknown, and what ended that was placed alone.
         self._owed: list[Sequence[Any]] = []
@@ -172,8 +178,8 @@ class LimitBook:
         if known is None or known[0] is not subjects:
             known = self._prepare(subjects)
         limited, wire = known[1], known[2]
-        tokens = min(max(tokens, 1), _MOST)
-        spend = min(max(spend_microdollars, 1), _MOST)
+        tokens = 1 if tokens < 1 else tokens if tokens < _MOST else _MOST
+        spend = 1 if spend_microdollars < 1 else spend_microdollars if spend_microdollars < _MOST else _MOST
         hold = Hold(hold_id, limited, tokens, spend, now_ms, reservation)
         if not limited and reservation is None:
             return hold
@@ -205,15 +211,18 @@ class LimitBook:
         hold = self._open.pop(hold_id, None)
         if hold is None:
             return
-        hold.used_tokens, hold.used_spend = tokens, spend = min(tokens, _MOST), min(spend_microdollars, _MOST)
+        tokens = tokens if tokens < _MOST else _MOST
+        spend = spend_microdollars if spend_microdollars < _MOST else _MOST
+        reservation = hold.reservation if hold.is_reserved else None
+        end = (now_ms, hold_id, hold.at_ms, hold.limited, tokens, spend, reservation)
         ended = self._ended
-        ended.append((now_ms, hold))
+        ended.append(end)
         while self._listed_in is None and ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
             ended.popleft()
         if self._alone is not None:
             self._alone.settle(hold_id, tokens, spend)
             if hold.is_alone:
-                self._count(self._unknown, hold)
+                _count(self._unknown, end)
                 return
         self._add_step((_SETTLE, hold_id, tokens, spend))
 
@@ -306,9 +315,9 @@ class LimitBook:
             began_ms = 0 if is_listed else int(generation.partition(".")[0])
             owed: list[Sequence[Any]] = []
             unknown: dict[str, tuple[int, Amounts]] = {}
-            for ended_ms, hold in self._ended:
-                if ended_ms >= began_ms or hold.at_ms >= began_ms - _CLOCKS_APART_MS:
-                    self._count(unknown, hold)
+            for end in self._ended:
+                if end[0] >= began_ms or end[2] >= began_ms - _CLOCKS_APART_MS:
+                    _count(unknown, end)
             self._seen.clear()
         else:
             owed = [step for step in self._owed if step[0] != _ADOPT or step[1] not in self._open]
@@ -356,7 +365,7 @@ class LimitBook:
         while self._ended and self._ended[0][0] < now_ms - _SHIPPED_AFTER_MS:
             self._ended.popleft()
         self._listed_in = building
-        mine = _pack([*self._open, *[hold.id for _, hold in self._ended]])
+        mine = _pack([*self._open, *[end[1] for end in self._ended]])
         await self._pipeline.execute("HSET", f"{self._prefix}{building}:listed", self._process, mine)
         await self._pipeline.execute("PEXPIRE", f"{self._prefix}{building}:listed", 6 * _LOCK_MS)
         if holder is None:
@@ -561,18 +570,20 @@ class LimitBook:
                 # Lua packs an empty map as an empty list.
                 book.know(name, cast(Amounts, tuple(dict[int, int](amounts or ()) for amounts in known)))
 
-    def _count(self, into: dict[str, tuple[int, Amounts]], hold: Hold) -> None:
-        """Add what an ended hold used to the amounts of its subjects."""
-        buckets = hold.buckets()
-        used = (1, 0, 0, 0) if hold.is_reserved else (1, hold.used_tokens, hold.used_tokens, hold.used_spend)
-        for subject, limits in hold.limited:
-            _, amounts = into.setdefault(subject.name, (_ttl_ms(limits), no_amounts()))
-            for meter, limit in enumerate(limits.in_order()[:CONCURRENCY]):
-                if limit is not None and used[meter]:
-                    add_to(amounts[meter], buckets[meter], used[meter])
-        if hold.is_reserved and hold.reservation is not None:
-            _, amounts = into.setdefault(hold.reservation.name, (_MINUTE_TTL_MS, no_amounts()))
-            add_to(amounts[MINUTE_TOKENS], buckets[MINUTE_TOKENS], hold.used_tokens)
+
+def _count(into: dict[str, tuple[int, Amounts]], end: _End) -> None:
+    """Add what a request used to the amounts of its subjects."""
+    _, _, at_ms, limited, tokens, spend, reservation = end
+    buckets = buckets_at(at_ms)
+    used = (1, tokens, tokens, spend) if reservation is None else (1, 0, 0, 0)
+    for subject, limits in limited:
+        _, amounts = into.setdefault(subject.name, (_ttl_ms(limits), no_amounts()))
+        for meter, limit in enumerate(limits.in_order()[:CONCURRENCY]):
+            if limit is not None and used[meter]:
+                add_to(amounts[meter], buckets[meter], used[meter])
+    if reservation is not None:
+        _, amounts = into.setdefault(reservation.name, (_MINUTE_TTL_MS, no_amounts()))
+        add_to(amounts[MINUTE_TOKENS], buckets[MINUTE_TOKENS], tokens)
 
 
 def _wire(limited: Sequence[Limited]) -> msgspec.Raw:
