@@ -28,7 +28,7 @@ from api.inference.tracing import Marks, Tracer
 from crosslogic.domain.catalog import Catalog, Model
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
-from crosslogic.domain.keys import Action, role_allows
+from crosslogic.domain.keys import Action, redact, role_allows
 from crosslogic.domain.limits import LimitReached, Reserved
 from crosslogic.domain.regions import RegionPlan
 from crosslogic.domain.reservation import Holder
@@ -196,7 +196,7 @@ class Inference:
         intent = Intent(
             id=request_id,
             # Postgres has no place for NUL in text.
-            client_request_id=client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1"),
+            client_request_id=redact(client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1")),
             org_id=principal.org_id,
             environment_id=principal.environment_id,
             key_id=principal.key_id,

@@ -249,6 +249,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._owner: Any = _innermost(self.app)
         self._running: Exchange | None = None
         self._header_bytes = 0
+        self._kept_bytes = 0
         self._is_draining = False
         self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -261,15 +262,20 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by the loop."""
         if self.timeout_keep_alive_task is not None:
             self._unset_keepalive_if_required()
+        self._kept_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             cycle = cast(Any, self.cycle)
+            # There is nothing to upgrade to: the request is answered as if it had not asked, and is the last one.
+            cycle.keep_alive = False
             if isinstance(cycle, Exchange):
-                # There is nothing to upgrade to: the request is answered as if it had not asked, and is the last one.
-                cycle.keep_alive = False
                 cycle.end_body()
         except httptools.HttpParserError:
+            self._refuse_framing()
+            return
+        if self._kept_bytes > LONGEST_HEADERS_BYTES:
+            # The parser keeps a header, or a trailer, to itself until it has all of it.
             self._refuse_framing()
             return
         cycle = cast(Any, self.cycle)
@@ -300,6 +306,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
+        self._kept_bytes = 0
         target, _, query = self.url.partition(b"?")
         if not target.startswith(b"/"):
             # The absolute form, which a proxy sends.
@@ -335,6 +342,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
+        self._kept_bytes = 0
         cycle = cast(Any, self.cycle)
         if isinstance(cycle, Exchange):
             cycle.take_body(body)
