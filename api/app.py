@@ -1,4 +1,7 @@
-"""The API process: `uvicorn api.app:app`. The lifespan owns every connection and background task."""
+"""The API process: `uvicorn api.app:app --http api.inference.server:HttpProtocol`.
+
+The lifespan owns every connection and background task.
+"""
 
 from __future__ import annotations
 

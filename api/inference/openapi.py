@@ -1,4 +1,4 @@
-"""The `/v1` part of our OpenAPI document. The handler is plain ASGI, so its description is written by hand."""
+"""The `/v1` part of our OpenAPI document. No framework serves it, so its description is written by hand."""
 
 from __future__ import annotations
 

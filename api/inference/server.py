@@ -3,7 +3,7 @@
 Start the API with `--http api.inference.server:HttpProtocol`. uvicorn then parses, times out, drains and supervises as
 ever, and every path but `/v1` goes through ASGI to FastAPI. A `/v1` request becomes an `Exchange` that writes to the
 transport itself: no scope, no receive and send, no queue between them, which together cost more than the rest of a
-request (docs/performance.md, docs/decisions/0009-the-socket-and-the-hot-path.md).
+request (docs/performance.md, docs/decisions/0010-the-socket-and-the-hot-path.md).
 """
 
 from __future__ import annotations
