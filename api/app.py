@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import ssl
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from datetime import UTC, datetime
 from functools import cache, partial
@@ -113,6 +114,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         hold_s=settings.hold_timeout_s,
         full_load_s=settings.full_load_s,
         processes=lambda: book.sharers,
+        on_shed=observer.shed,
     )
     relay = Relay(table, admission, usage_log, limits, observer, deadlines, settings.hold_timeout_s)
     tracer = Tracer(sender.send if sender else None, settings.trace_sample_share, settings.trace_asked_per_s)
@@ -140,7 +142,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
-    app.state.observe = partial(_observe, observer, table, relay, usage_log, book)
+    app.state.observe = partial(_observe, observer, table, relay, admission, usage_log, book)
     door = await scraping.listen(settings, app.state.observe)
     app.state.is_ready = lambda: feeds.is_ready
     app.inference = inference
@@ -215,7 +217,14 @@ def _add_operations(app: CrossLogicAPI, settings: Settings) -> None:
         return Response(request.app.state.observe(), media_type=scraping.CONTENT_TYPE)
 
 
-def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: UsageLog, book: LimitBook) -> bytes:
+def _observe(
+    observer: Observer,
+    table: RouteTable,
+    relay: Relay,
+    admission: Admission,
+    usage_log: UsageLog,
+    book: LimitBook,
+) -> bytes:
     # A pool that has lost its nodes is shown with none, not left out.
     routable: dict[tuple[str, ...], int] = dict.fromkeys(observer.routable_nodes.values, 0)
     for node in table.nodes:
@@ -226,7 +235,13 @@ def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: Usa
     observer.limits_alone.set(book.is_alone)
     observer.route_table_age.set(asyncio.get_running_loop().time() - table.refreshed_at)
     observer.streams.set(relay.streams)
+    for place, waiting in admission.queues.items():
+        observer.queue_length.set(waiting, *place)
+    observer.open_holds.set(book.open_holds)
+    observer.idle_connections.set(sum(node.upstream.idle_connections for node in table.nodes))
     observer.usage_pending.set(usage_log.kept_bytes)
+    observer.usage_lag_records.set(usage_log.lag_records)
+    observer.usage_lag_age.set(usage_log.lag_s(time.time()))
     return observer.page()
 
 

@@ -416,7 +416,16 @@ async def main(out: Path, seconds: float) -> None:
             )
             api = PythonPart(
                 "api",
-                ["-m", "uvicorn", "api.app:app", "--port", str(port), "--no-access-log"],
+                [
+                    "-m",
+                    "uvicorn",
+                    "api.app:app",
+                    "--http",
+                    "api.inference.server:HttpProtocol",
+                    "--port",
+                    str(port),
+                    "--no-access-log",
+                ],
                 environment,
                 sys.executable,
                 health_url=f"http://127.0.0.1:{port}/readyz",

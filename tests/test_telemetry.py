@@ -85,7 +85,16 @@ class TestJson:
     def test_a_process_writes_nothing_else(self, tmp_path: Path) -> None:
         port = free_port()
         process = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "api.app:app", "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "uvicorn",
+                "api.app:app",
+                "--http",
+                "api.inference.server:HttpProtocol",
+                "--port",
+                str(port),
+            ],
             cwd=ROOT,
             env=child_environment(
                 CROSSLOGIC_MODE="dev",

@@ -20,6 +20,16 @@ RequestPath = Annotated[
 ]
 
 
+class WasteOut(BaseModel):
+    """Tokens that a node read and made in vain."""
+
+    node: str
+    served_region: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class RequestOut(BaseModel):
     """A request's usage record, and the decisions behind it."""
 
@@ -45,6 +55,10 @@ class RequestOut(BaseModel):
     token_source: str
     latency_ms: int
     ttft_ms: int | None
+    reservation_id: str | None = Field(description="The reservation that paid for it.")
+    tries: int = Field(description="How many nodes were asked.")
+    continuations: int = Field(description="How often another node went on with the answer.")
+    waste: list[WasteOut] = Field(description="What nodes did for it that nobody pays for.")
     list_price_microdollars: int = Field(description="For display; bills are made of sums of tokens.")
     decision: dict[str, Any] | None = Field(
         description="Why this node: candidates, tries, the limits' standing. Null: none was kept, or over 7 days ago."
@@ -70,6 +84,8 @@ async def get_request(request_id: RequestPath, admin: Admin) -> RequestOut:
         "environment_id": ids.ENVIRONMENT.show(found["environment_id"]),
         "key_id": ids.KEY.show(found["key_id"]),
         "node": None if node_id is None else ids.NODE.show(node_id),
+        "reservation_id": None if found["reservation_id"] is None else ids.RESERVATION.show(found["reservation_id"]),
+        "waste": [{**waste, "node": ids.NODE.show(waste.pop("node_id"))} for waste in found["waste"]],
         "decision": None if decision is None else explained_decision(decision),
     }
     return RequestOut.model_validate(found | shown)

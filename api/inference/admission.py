@@ -303,9 +303,10 @@ class Admission:
         full_load_s: float,
         processes: Callable[[], int] = lambda: 1,
         eta_s: Callable[[str, str], float] = lambda model, region: USUAL_LEAD_TIME_S,
+        on_shed: Callable[[str, str], None] = lambda model, region: None,
     ) -> None:
         """`full_load_s` is the horizon of the pools' capacity, `processes` how many share them, `eta_s` how long until
-        a model (the first argument) has a node in a region (the second).
+        a model (the first argument) has a node in a region (the second); `on_shed` is told both.
         """
         self.table = table
         self.full_load_s = full_load_s
@@ -318,6 +319,7 @@ class Admission:
         self._queue_most = queue_most
         self._hold_s = hold_s
         self._eta_s = eta_s
+        self._on_shed = on_shed
         self._gates: dict[tuple[str, str], _Gate] = {}
         self._promised: frozenset[tuple[str, str]] = frozenset()
         self._catalog: Catalog | None = None
@@ -343,6 +345,11 @@ class Admission:
     def waiting(self) -> int:
         """How many requests are queued."""
         return sum(gate.waiting for gate in self._gates.values())
+
+    @property
+    def queues(self) -> dict[tuple[str, str], int]:
+        """How many requests wait, by model and region."""
+        return {place: gate.waiting for place, gate in self._gates.items()}
 
     # Entering
 
@@ -566,6 +573,7 @@ class Admission:
         eta_s = self._eta_s(asked.model, gate.region)
         more_in_s = 0.0 if loss is None else loss.first_ends_in_s(self.now())
         self.shed += 1
+        self._on_shed(gate.model, gate.region)
         return Unavailable(
             f"{gate.region} has no node for {asked.model} now, and the next region cannot take more; try again when "
             "Retry-After has passed.",
@@ -575,6 +583,7 @@ class Admission:
 
     def _overloaded(self, gate: _Gate, wait_s: float) -> Rejected:
         self.shed += 1
+        self._on_shed(gate.model, gate.region)
         retry_after_s = math.ceil(max(1.0, min(wait_s, LONGEST_RETRY_AFTER_S)))
         return Rejected(
             f"All capacity for {gate.model} in {gate.region} is in use. Try again in {retry_after_s} s.",

@@ -31,6 +31,7 @@ from uuid import UUID
 import msgspec
 
 from crosslogic.domain.errors import InvariantViolated, Unavailable
+from crosslogic.domain.ids import unix_ms_of
 from crosslogic.domain.usage import Intent, Progress, UsageRecord, interrupted
 
 log = logging.getLogger("crosslogic.metering")
@@ -139,6 +140,17 @@ class UsageLog:
     def end(self) -> tuple[int, int]:
         """Segment and offset behind the last frame."""
         return self.segment, self._size
+
+    @property
+    def lag_records(self) -> int:
+        """Settled records that wait in memory for Postgres; those beyond MOST_IN_MEMORY wait in the file besides."""
+        return len(self.unshipped)
+
+    def lag_s(self, now: float) -> float:
+        """How long ago the oldest of them was admitted, in seconds, as its id tells. `now` is Unix time."""
+        if not self.unshipped:
+            return 0.0
+        return max(0.0, now - unix_ms_of(_decode_settled(self.unshipped[0]).id) / 1000)
 
     def intend(self, intent: Intent) -> None:
         """Record an admitted request before it is forwarded. Raises Unavailable when the log cannot take it (A5)."""

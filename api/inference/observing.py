@@ -363,7 +363,6 @@ class Observer:
         )
         self.usage_pending = Gauge("crosslogic_usage_log_bytes", "Bytes of the usage log that are kept on disk.")
         self.usage_lag_records = Gauge("crosslogic_usage_lag_records", "Usage records that are not in Postgres yet.")
-        self.usage_lag_bytes = Gauge("crosslogic_usage_lag_bytes", "Bytes of the usage log that are not read yet.")
         self.usage_lag_age = Gauge(
             "crosslogic_usage_lag_seconds", "Age of the oldest usage record that is not in Postgres yet."
         )

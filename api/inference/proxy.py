@@ -200,7 +200,8 @@ class Relay:
         if record.outcome is Outcome.COMPLETED and record.endpoint_kind != "embedding":
             usual = self._usual_tokens.get(record.model, float(record.completion_tokens))
             self._usual_tokens[record.model] = usual + USUAL_SHARE * (record.completion_tokens - usual)
-        if record.outcome in OUR_FAILURES:
+        if record.outcome in OUR_FAILURES or not relayed.tries:
+            # What no node has seen costs the client nothing, not even a request of its minute.
             self._limits.release(relayed.hold)
         else:
             tokens = record.prompt_tokens + record.completion_tokens
@@ -365,6 +366,7 @@ class Relay:
         if kind is FailureKind.ERROR and not relayed.has_begun:
             suspects.append(node)
         elif not is_late and node.failed(kind, self._loop.time()):
+            self._observer.ejected(relayed.model.name, node.entry.region)
             log.warning("node %s is left out for now: %s", node.entry.node_id, kind)
 
     def _book_waste(self, relayed: Relayed, node: Node, last: Way, way: Way) -> None:
@@ -436,6 +438,7 @@ class Relay:
                 relayed.attach(connection)
                 if relayed.exchange.disconnected:
                     raise ClientGone
+                relayed.mark_connected()
                 connection.send(request)
                 relayed.is_accepted = True
                 first_at = min(self._loop.time() + patience_s, relayed.deadline_at)
@@ -450,6 +453,7 @@ class Relay:
                 relayed.detach()
                 node.upstream.release(connection)
             connection = None
+        relayed.mark_first_byte()
         self._check_status(status)
         if status >= 400:
             raise self._engine_rejection(status, answer)
@@ -495,6 +499,7 @@ class Relay:
                 relayed.attach(connection)
                 if relayed.exchange.disconnected:
                     raise ClientGone
+                relayed.mark_connected()
                 connection.send(request)
                 relayed.is_accepted = True
                 await self._pour(relayed, node, connection, way)
@@ -513,6 +518,7 @@ class Relay:
         first_at = min(self._loop.time() + deadlines.first_byte_s, relayed.deadline_at)
         late = FailureKind.TOTAL if first_at == relayed.deadline_at else FailureKind.SILENT
         data = await connection.read(first_at, late)
+        relayed.mark_first_byte()
         self._check_status(connection.status)
         if connection.status >= 400:
             if data:
@@ -552,11 +558,11 @@ class Relay:
             relayed.continuations += 1
         return events
 
-    def _end(self, relayed: Relayed, way: Way = Way.FINISH) -> None:
+    def _end(self, relayed: Relayed, way: Way = Way.FINISH, source: TokenSource = TokenSource.ENGINE) -> None:
         """The stream is complete: settle it, and only then send its last bytes (A1)."""
         events = relayed.events
         assert events is not None
-        relayed.charge(usage_tokens(events.usage), lambda: events.tokens)
+        relayed.charge(usage_tokens(events.usage), lambda: events.tokens, source)
         if way is Way.EXTEND and relayed.node is not None:
             again = relayed.prompt_tokens + events.told_before
             relayed.waste_on(relayed.node, WasteReason.REREAD_PREFIX, again, 0)
@@ -584,11 +590,13 @@ class Relay:
             piece: dict[str, Any] = {"delta": {}} if relayed.call.kind == "chat" else {"text": ""}
             last = {**base, "choices": [{"index": 0, **piece, "finish_reason": "length"}]}
             relayed.exchange.write(b"data: " + _encode(last) + b"\n\n")
+        source = TokenSource.ENGINE
         if events.usage is None:
             other = self._table.choose_in(relayed.model.name, relayed.plan.candidates, tried)
             text = "".join(told.text(channel) for channel in told.texts)
             counts = None if other is None else await count_tokens(other.node.upstream, relayed.call, text)
             prompt, completion = counts or (relayed.intent.estimated_prompt_tokens, told.tokens)
+            source = TokenSource.CHUNKS if counts is None else TokenSource.TOKENIZER
             events.usage = {
                 "prompt_tokens": prompt,
                 "completion_tokens": completion,
@@ -596,7 +604,7 @@ class Relay:
             }
             if relayed.call.wants_usage_chunk:
                 relayed.exchange.write(b"data: " + _encode({**base, "choices": [], "usage": events.usage}) + b"\n\n")
-        self._end(relayed)
+        self._end(relayed, source=source)
 
     def _cut(self, relayed: Relayed) -> None:
         """Tell the client that its stream ends here by our fault: an error event, never a silent end."""

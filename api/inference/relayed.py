@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -196,6 +197,16 @@ class Relayed:
             if self.choice is not None:
                 lines += b"x-crosslogic-decision: %b\r\n" % self.choice.header()
         return lines
+
+    def mark_connected(self) -> None:
+        """For `Server-Timing`, where its reader may know."""
+        if self.marks is not None:
+            self.marks.connected = time.monotonic()
+
+    def mark_first_byte(self) -> None:
+        """For `Server-Timing`, where its reader may know."""
+        if self.marks is not None:
+            self.marks.first_byte = time.monotonic()
 
     # A stream
 

@@ -196,7 +196,9 @@ class Inference:
         intent = Intent(
             id=request_id,
             # Postgres has no place for NUL in text.
-            client_request_id=redact(client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1")),
+            client_request_id=redact(
+                client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1")
+            ),
             org_id=principal.org_id,
             environment_id=principal.environment_id,
             key_id=principal.key_id,

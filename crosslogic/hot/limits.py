@@ -156,6 +156,11 @@ class LimitBook:
         return self._is_alone
 
     @property
+    def open_holds(self) -> int:
+        """How many of this process's requests hold something."""
+        return len(self._open)
+
+    @property
     def sharers(self) -> int:
         """How many processes took part when this one last looked."""
         return self._sharers

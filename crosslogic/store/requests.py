@@ -16,12 +16,17 @@ class RequestStore:
         SELECT u.id, u.admitted_at, u.client_request_id, u.org_id, o.name AS org, u.environment_id,
                e.name AS environment, u.key_id, u.model, u.endpoint_kind, u.is_streamed, u.home_region, u.served_region,
                u.node_id, u.status, u.outcome, u.prompt_tokens, u.completion_tokens, u.cached_tokens, u.token_source,
-               u.latency_ms, u.ttft_ms, u.list_price_microdollars, d.decision::text AS decision
+               u.latency_ms, u.ttft_ms, u.list_price_microdollars, u.reservation_id,
+               u.tries, u.continuations, d.decision::text AS decision
         FROM usage_records u
         LEFT JOIN request_decisions d ON d.id = u.id
         LEFT JOIN orgs o ON o.id = u.org_id
         LEFT JOIN environments e ON e.id = u.environment_id
         WHERE u.id = $1
+    """
+    WASTE = """
+        SELECT node_id, served_region, reason, prompt_tokens, completion_tokens
+        FROM usage_waste WHERE request_id = $1 ORDER BY attempt
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -33,4 +38,8 @@ class RequestStore:
         if row is None:
             return None
         decision: str | None = row["decision"]
-        return dict(row) | {"decision": None if decision is None else json.loads(decision)}
+        waste = await self._pool.fetch(self.WASTE, request_id)
+        return dict(row) | {
+            "decision": None if decision is None else json.loads(decision),
+            "waste": [dict(one) for one in waste],
+        }

@@ -121,7 +121,9 @@ class TestFeeds:
 
         inference = SimpleNamespace(catalog=None)
         taken: list[Any] = []
-        others: Any = SimpleNamespace(refresh=nothing, route_entries=nothing, replace=taken.extend)
+        others: Any = SimpleNamespace(
+            refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=lambda strategies: None
+        )
         feeds = Feeds(
             changes=ChangeStore(pool),
             catalog=CatalogStore(pool),
