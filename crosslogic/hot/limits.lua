@@ -140,9 +140,9 @@ end
 -- How the limits stand where nothing is taken from them, behind what the refusal says; the one that it tells stands
 -- for its kind.
 local function add_standing(refusal, subjects, is_reserved)
-  for meter = REQUESTS, DAY_TOKENS do
-    local first = meter == REQUESTS and 8 or 11
-    for _, subject in ipairs(subjects) do
+  for _, subject in ipairs(subjects) do
+    for meter = REQUESTS, DAY_TOKENS do
+      local first = meter == REQUESTS and 8 or 11
       local limit = subject[2 + meter]
       if limit >= 0 and not is_dry_run(subject, meter) and (meter == REQUESTS or not is_reserved) then
         local buckets = load(subject[1])[meter]

@@ -121,6 +121,9 @@ class TestFeeds:
 
         inference = SimpleNamespace(catalog=None)
         taken: list[Any] = []
+
+        def ignored(_: object) -> None: ...
+
         others: Any = SimpleNamespace(
             refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=lambda strategies: None
         )
