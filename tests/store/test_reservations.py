@@ -125,7 +125,7 @@ class TestFeeds:
         def ignored(_: object) -> None: ...
 
         others: Any = SimpleNamespace(
-            refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=lambda strategies: None
+            refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=ignored
         )
         feeds = Feeds(
             changes=ChangeStore(pool),
