@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import gc
 import logging
+import multiprocessing
+import signal
 import ssl
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from datetime import UTC, datetime
 from functools import cache, partial
 from typing import Any
@@ -162,7 +164,11 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     try:
-        yield
+        with contextlib.suppress(TimeoutError):
+            # Connections are taken from then on, perhaps from a socket that others share who know everything.
+            await within(settings.start_patience_s, feeds.ready.wait())
+        with _ending_with_its_supervisor():
+            yield
     finally:
         app.inference = None
         for task in tasks:
@@ -231,6 +237,26 @@ def _observe(observer: Observer, table: RouteTable, relay: Relay, usage_log: Usa
 def _tls() -> ssl.SSLContext:
     """How nodes are verified; reading the machine's CAs takes a tenth of a second."""
     return ssl.create_default_context()
+
+
+@contextlib.contextmanager
+def _ending_with_its_supervisor() -> Generator[None]:
+    """One of several processes ends as if told to when its supervisor dies: else the next one found its port taken."""
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(supervisor.sentinel)
+        signal.raise_signal(signal.SIGTERM)
+
+    loop.add_reader(supervisor.sentinel, end)
+    try:
+        yield
+    finally:
+        loop.remove_reader(supervisor.sentinel)
 
 
 def _note_end(task: asyncio.Task[None]) -> None:
