@@ -171,6 +171,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
             yield
     finally:
         app.inference = None
+        with contextlib.suppress(Exception):
+            # Otherwise the others would leave it a share of every region's capacity until it counts as dead.
+            await within(1, limits.leave())
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=2)

@@ -25,8 +25,8 @@ log = logging.getLogger("crosslogic.server")
 
 PREFIX = b"/v1/"
 # After SIGTERM a kept-alive connection may still carry a request that its client has just sent: it is answered, with
-# `connection: close`. One that stays silent for so long, or for this share of the grace time, is closed. The longer, the
-# fewer clients send their next request at the very moment.
+# `connection: close`. One that stays silent for so long, or for this share of the grace time, is closed: the longer,
+# the fewer clients send their next request at the very moment.
 LINGER_S = 5.0
 LINGER_SHARE = 0.25
 # Behind an early answer the rest of the body is read away, for closing at once would reset the connection and the
@@ -520,7 +520,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         front: Any = self._running or self._asgi
-        if front is not None and not front.response_complete:
+        if front is not None and last is not None and not front.response_complete:
             if front is not last or not last.more_body:
                 if last.more_body:
                     # The broken one waits for its turn, which it will not get.

@@ -12,20 +12,26 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import psutil
 import pytest
 
+from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.state import free_port
 from crosslogic.domain.ids import REQUEST
 from crosslogic.settings import Settings, child_environment
 from tests.api.inference.conftest import Fleet, chat_body
+from tests.api.inference.test_outages import own_postgres
+from tests.conftest import Server
 from tests.engines import Engine
+
+__all__ = ["own_postgres"]
 
 ROOT = Path(__file__).resolve().parents[3]
 GRACE_S = 4
@@ -39,7 +45,7 @@ class Program:
     def __init__(
         self, settings: Settings, port: int, *options: str, fd: int | None = None, grace_s: int = GRACE_S
     ) -> None:
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (the process writes it)
         self.url = f"http://127.0.0.1:{port}"
         where = ("--port", str(port)) if fd is None else ("--fd", str(fd))
         command = [sys.executable, "-m", "uvicorn", "api.app:app", *where, *OPTIONS]
@@ -106,9 +112,10 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 async def eventually(look: Callable[[], Awaitable[Any]], within_s: float) -> None:
-    async with asyncio.timeout(within_s):
-        while not await look():
-            await asyncio.sleep(0.05)
+    until = asyncio.get_running_loop().time() + within_s
+    while not await look():
+        assert asyncio.get_running_loop().time() < until, f"not within {within_s} s"
+        await asyncio.sleep(0.05)
 
 
 @dataclass
@@ -164,9 +171,7 @@ class Load:
         if writer is not None:
             writer.close()
 
-    async def _exchange(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_streamed: bool
-    ) -> bool:
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_streamed: bool) -> bool:
         """One request; True if its answer says that the connection ends."""
         body = json.dumps(chat_body(stream=True) if is_streamed else chat_body()).encode()
         writer.write(
@@ -210,11 +215,11 @@ def listener() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-async def engine(make_engine: Callable[..., Awaitable[Engine]], fleet: Fleet) -> AsyncIterator[Engine]:
+async def engine(make_engine: Callable[..., Awaitable[Engine]], fleet: Fleet) -> Engine:
     """Whole answers at once, streams of a fifth of a second."""
     engine = await make_engine(WORDS, pace_s=0.05)
     await fleet.add_node(engine)
-    yield engine
+    return engine
 
 
 async def check_records(fleet: Fleet, *loads: Load) -> None:
@@ -246,6 +251,31 @@ class TestSupervisor:
             await check_records(fleet, busy, idle)
             program.signal(signal.SIGTERM)
             assert await program.ended() == 0
+        finally:
+            program.kill()
+
+    async def test_a_process_that_could_not_read_keys_replaces_none(
+        self, own_postgres: tuple[Postgres, Server], settings_of: Callable[..., Settings], make_engine: Any
+    ) -> None:
+        postgres, server = own_postgres
+        url, port = postgres.url_of("postgres"), free_port()
+        fleet = Fleet(await asyncpg.connect(url))
+        await fleet.seed()
+        await fleet.add_node(await make_engine(WORDS))
+        await fleet.sql.close()
+        program = Program(settings_of(database_url=url), port, "--workers", "2", "--timeout-worker-healthcheck", "3")
+        try:
+            await program.ready()
+            await eventually(lambda: _is(len(program.workers) == 2), 10)
+            old = program.workers
+            async with Load(port, fleet.secret) as load:
+                # By now each process knows the key.
+                await eventually(lambda: _is(len(load.tokens) > 200), 10)
+                await asyncio.to_thread(server.kill)
+                program.signal(signal.SIGHUP)
+                await eventually(lambda: _is(b"aborting the restart" in program.said), 20)
+            assert load.errors == []
+            assert program.workers == old
         finally:
             program.kill()
 
