@@ -9,9 +9,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import multiprocessing
+import signal
 import ssl
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from datetime import UTC, datetime
 from functools import cache, partial
 from typing import Any
@@ -167,9 +169,16 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     try:
-        yield
+        with contextlib.suppress(TimeoutError):
+            # Connections are taken from then on, perhaps from a socket that others share who know everything.
+            await within(settings.start_patience_s, feeds.ready.wait())
+        with _ending_with_its_supervisor():
+            yield
     finally:
         app.inference = None
+        with contextlib.suppress(Exception):
+            # Otherwise the others would leave it a share of every region's capacity until it counts as dead.
+            await within(1, limits.leave())
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=2)
@@ -249,6 +258,26 @@ def _observe(
 def _tls() -> ssl.SSLContext:
     """How nodes are verified; reading the machine's CAs takes a tenth of a second."""
     return ssl.create_default_context()
+
+
+@contextlib.contextmanager
+def _ending_with_its_supervisor() -> Generator[None]:
+    """One of several processes ends as if told to when its supervisor dies: else the next one found its port taken."""
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        loop.remove_reader(supervisor.sentinel)
+        signal.raise_signal(signal.SIGTERM)
+
+    loop.add_reader(supervisor.sentinel, end)
+    try:
+        yield
+    finally:
+        loop.remove_reader(supervisor.sentinel)
 
 
 def _note_end(task: asyncio.Task[None]) -> None:

@@ -55,7 +55,12 @@ class Feeds:
             "tenancy": keys.refresh,
             "nodes": self._reader(nodes.route_entries, table.replace),
         }
-        self.is_ready = False
+        self.ready = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Has everything been read once?"""
+        return self.ready.is_set()
 
     @staticmethod
     def _reader(read: Callable[[], Awaitable[Any]], take: Callable[[Any], None]) -> Callable[[], Awaitable[None]]:
@@ -90,7 +95,7 @@ class Feeds:
                     failure = error
         if failure is not None:
             raise failure
-        self.is_ready = True
+        self.ready.set()
 
     async def keep_polling(self) -> None:
         """Run for the life of the process."""

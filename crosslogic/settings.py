@@ -59,6 +59,18 @@ class Settings(BaseSettings):
 
     api_host: str = Field(default="127.0.0.1", description="Address the API binds.")
     api_port: int = Field(default=8080, ge=1, le=65535, description="Port the API binds.")
+    api_processes: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="How many processes `./run` and the files of `deploy/` start behind the API's one port.",
+    )
+    start_patience_s: float = Field(
+        default=20.0,
+        ge=0,
+        le=600,
+        description="A new API process takes no connection until it has read keys, models and nodes, or for so long.",
+    )
     api_url: str = Field(
         default="",
         description="Where the command line finds the API; empty: where the state directory's `endpoints.json` says.",

@@ -69,6 +69,10 @@ class Limits:
         """Run for the life of the process: take part in the decisions in Valkey, and show life."""
         await self._book.run(_now_ms)
 
+    async def leave(self) -> None:
+        """Take part no longer. Raises Unavailable."""
+        await self._book.leave(_now_ms())
+
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000

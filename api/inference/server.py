@@ -25,8 +25,14 @@ log = logging.getLogger("crosslogic.server")
 
 PREFIX = b"/v1/"
 # After SIGTERM a kept-alive connection may still carry a request that its client has just sent: it is answered, with
-# `connection: close`. One that stays silent for so long is closed.
-LINGER_S = 0.5
+# `connection: close`. One that stays silent for so long, or for this share of the grace time, is closed: the longer,
+# the fewer clients send their next request at the very moment.
+LINGER_S = 5.0
+LINGER_SHARE = 0.25
+# Behind an early answer the rest of the body is read away, for closing at once would reset the connection and the
+# answer might never be read: until the client is silent for so long, and for so long in all (nginx has 5 and 30 s).
+UNWANTED_BODY_PAUSE_S = 2.0
+UNWANTED_BODY_S = 30.0
 # What a client may send of a body beyond what its handler has asked for.
 UNASKED_BODY_BYTES = 64 * 1024
 # More than any sane client sends; the parser itself knows no bound.
@@ -41,6 +47,10 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 class BodyTooLarge(Exception):
     """The body is larger than the reader allows."""
+
+
+class _NoMoreRequests(Exception):
+    """A request behind one whose answer ends the connection; its client asks again elsewhere (RFC 9112, 9.6)."""
 
 
 class Exchange:
@@ -70,6 +80,7 @@ class Exchange:
         "path",
         "query",
         "response_complete",
+        "response_started",
     )
 
     def __init__(
@@ -95,6 +106,7 @@ class Exchange:
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
         self.disconnected = False
+        self.response_started = False
         self.response_complete = False
         self.more_body = True
         self.is_paused = False
@@ -134,6 +146,7 @@ class Exchange:
     def take_body(self, data: bytes) -> None:
         """Called by the protocol with a piece of the body."""
         if self.response_complete:
+            self._protocol.heard()
             return
         self._body_bytes += len(data)
         if self._body_bytes > self._most_body_bytes:
@@ -188,6 +201,7 @@ class Exchange:
     def begin(self, status: int, headers: bytes) -> None:
         """Begin an answer whose length is not known; the head leaves with the first write."""
         protocol = self._protocol
+        self.response_started = True
         self._head = b"%b%b%b%b%b\r\n" % (
             STATUS_LINE[status],
             protocol.default_lines(),
@@ -248,20 +262,91 @@ class HttpProtocol(HttpToolsProtocol):
         # Any middleware that uvicorn wraps around the app is for ASGI; the hot path is found on the app itself.
         self._owner: Any = _innermost(self.app)
         self._running: Exchange | None = None
+        # uvicorn's own cycle that was started last.
+        self._asgi: Any = None
         self._header_bytes = 0
         self._kept_bytes = 0
         self._is_draining = False
+        # When the last answer ended or the next request began, and how long the connection may be idle from then on.
         self._idle_since = 0.0
+        self._idle_s: float = self.timeout_keep_alive
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._read_away_until = 0.0
         self._defaults: list[tuple[bytes, bytes]] | None = None
         self._default_lines = b""
+        # Accepted, and made a turn of the loop later: a shutdown in between must not miss it.
+        self.connections.add(self)
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the loop."""
+        super().connection_made(transport)
+        self._be_idle_for(self._idle_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the loop."""
+        self._cancel_idle_timer()
+        running = self._running
+        if running is not None:
+            running.gone()
+        cycle = cast(Any, self.cycle)
+        if isinstance(cycle, Exchange):
+            # Not one for uvicorn's own bookkeeping.
+            cycle.gone()
+            self.cycle = cast(Any, None)
+        self.pipeline.clear()
+        super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Called by uvicorn at SIGTERM: running requests end, and no further one begins after the next."""
+        self._is_draining = True
+        grace_s = self.config.timeout_graceful_shutdown
+        linger_s = LINGER_S if grace_s is None else min(LINGER_S, LINGER_SHARE * grace_s)
+        self._idle_s = min(self._idle_s, linger_s)
+        if cast(Any, self.transport) is None:
+            return
+        cycle = cast(Any, self.cycle)
+        # Where the head is out already its client believes that the connection stays, and may ask once more.
+        if cycle is not None and not (cycle.response_started or cycle.response_complete):
+            cycle.keep_alive = False
+        self._be_idle_for(self._idle_s)
+
+    def _be_idle_for(self, idle_s: float) -> None:
+        """From now on, close when nothing runs and nothing comes for so long."""
+        self._cancel_idle_timer()
+        self._idle_s = idle_s
+        self._idle_since = self.loop.time()
+        self._idle_timer = self.loop.call_later(idle_s, self._close_idle)
+
+    def _become_idle(self) -> None:
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self._idle_s, self._close_idle)
+
+    def _close_idle(self) -> None:
+        """One timer for many requests: it looks how long the connection has really been idle."""
+        self._idle_timer = None
+        if self.transport.is_closing():
+            return
+        left_s = self._idle_s
+        cycle = cast(Any, self.cycle)
+        if cycle is None or cycle.response_complete:
+            left_s += self._idle_since - self.loop.time()
+            if left_s <= 0.001:
+                self.transport.close()
+                return
+        self._idle_timer = self.loop.call_later(left_s, self._close_idle)
+
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
     # Requests come in
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
-        if self.timeout_keep_alive_task is not None:
-            self._unset_keepalive_if_required()
         self._kept_bytes += len(data)
         try:
             self.parser.feed_data(data)
@@ -288,6 +373,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._header_bytes = 0
+        self._idle_since = self.loop.time()
 
     def on_url(self, url: bytes) -> None:
         """Called by the parser."""
@@ -307,6 +393,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._kept_bytes = 0
+        existing = cast(Any, self.cycle)
+        if existing is not None and not existing.keep_alive:
+            raise _NoMoreRequests
         target, _, query = self.url.partition(b"?")
         if not target.startswith(b"/"):
             # The absolute form, which a proxy sends.
@@ -318,8 +407,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.url, self.expect_100_continue = url, is_expecting
             # The scope shares the list.
             self.headers.extend(headers)
-            self._cancel_idle_timer()
             super().on_headers_complete()
+            if self._is_draining and self.cycle is not existing:
+                self.cycle.keep_alive = False
             return
         path = target.decode("ascii", "replace")
         is_http_1_1 = self.parser.get_http_version() == "1.1"
@@ -330,10 +420,11 @@ class HttpProtocol(HttpToolsProtocol):
             query.partition(b"#")[0],
             self.headers,
             keep_alive=is_http_1_1 and not self._is_draining and self.parser.should_keep_alive(),
-            is_expecting=self.expect_100_continue,
+            is_expecting=is_http_1_1 and self.expect_100_continue,
             is_chunked=is_http_1_1,
         )
-        existing = cast(Any, self.cycle)
+        # What comes behind a body in chunks are no headers of this request.
+        self.headers = []
         self.cycle = cast(Any, exchange)
         if existing is not None and not existing.response_complete:
             # Pipelined: one after the other.
@@ -363,6 +454,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._running is None and not exchange.response_complete and not self.pipeline:
             self._start(exchange)
         elif exchange.response_complete and not exchange.more_body and not exchange.keep_alive:
+            # Of what was not wanted all has been read away.
             self.transport.close()
 
     def _start(self, exchange: Exchange) -> None:
@@ -376,6 +468,7 @@ class HttpProtocol(HttpToolsProtocol):
         if isinstance(cycle, Exchange):
             self._start(cycle)
         else:
+            self._asgi = cycle
             super()._start_asgi_task(cycle, app)
 
     # Answers go out
@@ -392,10 +485,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Called by the exchange when its answer is written."""
         self._running = None
         if exchange.more_body:
-            # Closing at once would reset the connection, and the answer might never be read.
-            exchange.keep_alive = False
-            self.flow.resume_reading()
-            self._close_after(LINGER_S)
+            self._read_away()
             return
         if not exchange.keep_alive:
             self.transport.close()
@@ -404,79 +494,54 @@ class HttpProtocol(HttpToolsProtocol):
             self.on_response_complete()
             return
         self.server_state.total_requests += 1
-        self._idle_since = self.loop.time()
-        if self._is_draining:
-            self._close_after(LINGER_S)
-        elif self._idle_timer is None:
-            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._close_idle)
+        self._become_idle()
 
-    def _close_idle(self) -> None:
-        """One timer for many requests: it looks how long the connection has really been idle."""
-        self._idle_timer = None
-        if self.transport.is_closing():
-            return
-        cycle = cast(Any, self.cycle)
-        if self._running is None and (cycle is None or cycle.response_complete):
-            left_s = self._idle_since + self.timeout_keep_alive - self.loop.time()
-            if left_s <= 0.001:
-                self.transport.close()
-                return
-        else:
-            left_s = self.timeout_keep_alive
-        self._idle_timer = self.loop.call_later(left_s, self._close_idle)
+    def on_response_complete(self) -> None:
+        """Called when an answer through ASGI is written, and where another request waits behind one of ours."""
+        super().on_response_complete()
+        if self.timeout_keep_alive_task is not None:
+            # One timer for both ways.
+            self._unset_keepalive_if_required()
+            self._become_idle()
 
-    def _close_after(self, pause_s: float) -> None:
-        self._cancel_idle_timer()
-        self._idle_timer = self.loop.call_later(pause_s, self._close_silent)
+    def _read_away(self) -> None:
+        """The answer is out and the body still comes: no more is said, and the rest is heard."""
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._read_away_until = self.loop.time() + UNWANTED_BODY_S
+        self._be_idle_for(UNWANTED_BODY_PAUSE_S)
 
-    def _close_silent(self) -> None:
-        self._idle_timer = None
-        cycle = cast(Any, self.cycle)
-        if (cycle is None or cycle.response_complete) and not self.transport.is_closing():
-            self.transport.close()
-
-    def _cancel_idle_timer(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
-
-    def shutdown(self) -> None:
-        """Called by uvicorn at SIGTERM: running requests end, and no further one begins after the next."""
-        self._is_draining = True
-        cycle = cast(Any, self.cycle)
-        if cycle is None or cycle.response_complete:
-            self._close_after(LINGER_S)
-        else:
-            cycle.keep_alive = False
+    def heard(self) -> None:
+        """Called by the exchange with each piece of a body that nobody wants."""
+        now = self.loop.time()
+        if now < self._read_away_until:
+            self._idle_since = now
 
     def _refuse_framing(self) -> None:
-        """What cannot be parsed has no request to answer: say so once and close (H8)."""
-        running = self._running
-        if running is not None and not running.response_complete:
-            running.keep_alive = False
-            if running.more_body:
-                # The request that is being read is the broken one.
-                running.gone()
-            else:
+        """What cannot be parsed has no request to answer: say so once, behind what came before, and close (H8)."""
+        if self.transport.is_closing():
+            return
+        last = cast(Any, self.cycle)
+        if last is not None and last.response_complete and not last.keep_alive:
+            # It has had its answer.
+            self.transport.close()
+            return
+        front: Any = self._running or self._asgi
+        if front is not None and last is not None and not front.response_complete:
+            if front is not last or not last.more_body:
+                if last.more_body:
+                    # The broken one waits for its turn, which it will not get.
+                    self.pipeline.popleft()
+                    self.cycle = last = self.pipeline[0][0] if self.pipeline else front
+                last.keep_alive = False
                 return
-        if not self.transport.is_closing():
-            self.send_400_response("Invalid HTTP request received.")
-
-    # The connection
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop."""
-        self._cancel_idle_timer()
-        running = self._running
-        if running is not None:
-            running.gone()
-        cycle = cast(Any, self.cycle)
-        if isinstance(cycle, Exchange):
-            # Not one for uvicorn's own bookkeeping.
-            cycle.gone()
-            self.cycle = cast(Any, None)
-        self.pipeline.clear()
-        super().connection_lost(exc)
+            if front.response_started:
+                self.transport.abort()
+                return
+            if isinstance(front, Exchange):
+                front.gone()
+        self.send_400_response("Invalid HTTP request received.")
 
     def pause_writing(self) -> None:
         """Called by the loop: the client reads slowly."""

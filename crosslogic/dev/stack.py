@@ -28,7 +28,7 @@ from crosslogic.dev.state import DEFAULT, State, StateError, free_port, is_port_
 from crosslogic.dev.temporal import Temporal
 from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.credentials import DEV_ADMIN_TOKEN
-from crosslogic.settings import child_environment, given_environment
+from crosslogic.settings import Settings, child_environment, given_environment
 
 DEMO_KEY = "sk_dev_demo"
 
@@ -40,7 +40,8 @@ _GOOD_LIFE_S = 30.0  # A part that has lived this long is started again without 
 _POLL_S = 0.05
 _OURS_GRACE_S = 2  # For running requests and activities.
 # Who uses a server stops before it does, each with its grace in seconds; everything is gone 5 s after the signal.
-_STOP_ORDER = ((("api", "worker"), 2.6), (("local-cloud", "temporal", "valkey", "postgres"), 1.9))
+_STOP_ORDER = ((("api", "worker"), 3.0), (("local-cloud", "temporal", "valkey", "postgres"), 1.9))
+_API_PROCESSES: int = Settings.model_fields["api_processes"].default
 _LARGEST_LOG = 20_000_000  # bytes; a larger one is put aside at the next start
 
 
@@ -348,6 +349,9 @@ class Stack:
         uvicorn = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]
         uvicorn += ["--http", "api.inference.server:HttpProtocol"]
         uvicorn += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", str(_OURS_GRACE_S)]
+        # Longer than clients keep connections, and shorter than `start_patience_s`: see docs/operating/restarts.md.
+        uvicorn += ["--timeout-keep-alive", "75", "--timeout-worker-healthcheck", "15"]
+        uvicorn += ["--workers", environment.get("CROSSLOGIC_API_PROCESSES", str(_API_PROCESSES))]
         return [
             PythonPart("worker", ["worker.py"], environment, sys.executable),
             PythonPart("api", uvicorn, environment, sys.executable, health_url=f"{self._api_url}/readyz"),

@@ -365,6 +365,12 @@ elseif what == 'beat' then
   local more = bury(given[5])
   save_all()
   return {redis.call('ZCOUNT', prefix .. 'processes', '(' .. given[4], '+inf'), more}
+elseif what == 'leave' then
+  -- Counts among the living no more. What it should still hold is given back by another's sign of life.
+  if redis.call('GET', prefix .. 'fence:' .. process) == ARGV[4] then
+    redis.call('ZADD', prefix .. 'processes', 'XX', 0, process)
+  end
+  return 1
 elseif what == 'fill' then
   -- Sums from Postgres, added while only their generation's rebuild can write there.
   if redis.call('GET', KEYS[1]) ~= given[4] then return 0 end

@@ -284,6 +284,13 @@ class LimitBook:
         while len(self._seen) > _MOST_SEEN:
             del self._seen[next(iter(self._seen))]
 
+    async def leave(self, now_ms: int) -> None:
+        """Take part no longer, so that nobody shares with this process: for its end. Raises Unavailable."""
+        if not self._is_alone:
+            # What has ended just now goes first.
+            self._send()
+            await self._call("leave", self._generation or "", now_ms, ())
+
     async def join(self, now_ms: int) -> None:
         """Take part in the decisions in Valkey; what happened alone is added there. Raises Unavailable.
 

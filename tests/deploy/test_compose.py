@@ -23,8 +23,8 @@ def compose() -> dict[str, Any]:
 
 
 def variables(text: str) -> set[str]:
-    """The names that Compose takes from its own environment."""
-    return set(re.findall(r"(?<!\$)\$\{(\w+)", text))
+    """The names that Compose takes from its own environment and has no default for."""
+    return set(re.findall(r"(?<!\$)\$\{(\w+)(?!\w|:-)", text))
 
 
 class TestServices:
@@ -77,6 +77,13 @@ class TestServices:
         grace_s = float(Settings.model_fields["shutdown_grace_s"].default)
         for name in ("api", "worker"):
             assert float(compose["services"][name]["stop_grace_period"].removesuffix("s")) > grace_s
+        command = compose["services"]["api"]["command"]
+        assert float(command[command.index("--timeout-graceful-shutdown") + 1]) == grace_s
+
+    def test_a_process_that_knows_nothing_replaces_none(self, compose: dict[str, Any]) -> None:
+        command = compose["services"]["api"]["command"]
+        patience_s = float(command[command.index("--timeout-worker-healthcheck") + 1])
+        assert patience_s < float(Settings.model_fields["start_patience_s"].default)
 
     def test_skypilot_is_the_release_that_was_locked(self, compose: dict[str, Any]) -> None:
         lock = (ROOT / "requirements" / "skypilot.lock").read_text()
@@ -134,8 +141,11 @@ class TestUnits:
         program, *arguments = shlex.split(command)
         expected = [*service.get("entrypoint", []), *service["command"]]
         assert Path(program).name == expected[0]
-        # A container listens on all of its addresses, a host's service on loopback.
-        assert arguments == [word.replace("0.0.0.0", "127.0.0.1") for word in expected[1:]]
+        # A container listens on all of its addresses, a host's service on loopback. systemd knows no defaults.
+        here = [word.replace("0.0.0.0", "127.0.0.1").replace(":-1}", "}") for word in expected[1:]]
+        assert arguments == here
+        if "${CROSSLOGIC_API_PROCESSES}" in arguments:
+            assert settings["Environment"] == ["CROSSLOGIC_API_PROCESSES=1"]
 
     def test_leave_time_to_end(self, unit: tuple[str, dict[str, list[str]]]) -> None:
         name, settings = unit

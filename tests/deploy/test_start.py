@@ -98,7 +98,8 @@ class Machine:
 
 
 def interpolate(text: str) -> str:
-    """What Compose makes of a value: `${NAME:?…}` from SECRETS, `$$` as `$`."""
+    """What Compose makes of a value: `${NAME:?…}` from SECRETS, `${NAME:-default}` its default, `$$` as `$`."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
     return re.sub(r"\$\{(\w+):\?[^}]*\}", lambda found: SECRETS[found[1]], text).replace("$$", "$")
 
 

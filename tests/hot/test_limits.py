@@ -427,6 +427,25 @@ class TestEnd:
         await pipeline.execute("PING")
         assert (await amounts_of(pipeline, prefix))["key:k"] == [0, 0, 5, 0, 0]
 
+    async def test_one_that_leaves_counts_no_more_and_what_it_ended_is_booked(
+        self, book: LimitBook, pipeline: PipelinedRedis, prefix: str
+    ) -> None:
+        subjects: list[Limited] = [(KEY, LayerLimits(tokens_per_day=100, concurrency=2))]
+        leaving = await joined(pipeline, prefix)
+        placed(await leaving.place("ended", subjects, 60, 0, NOW_MS))
+        placed(await leaving.place("held", subjects, 30, 0, NOW_MS))
+        await book.beat(NOW_MS)
+        assert book.sharers == 2
+        leaving.settle("ended", 5, 0, NOW_MS)
+        await leaving.leave(NOW_MS)
+        await book.beat(NOW_MS)
+        assert book.sharers == 1
+        assert (await amounts_of(pipeline, prefix))["key:k"] == [0, 0, 5, 0, 0]
+        # Whatever it held settles late, as after a death.
+        leaving.settle("held", 7, 0, NOW_MS)
+        await pipeline.execute("PING")
+        assert (await amounts_of(pipeline, prefix))["key:k"] == [0, 0, 12, 0, 0]
+
     async def test_a_cancelled_place_leaves_no_hold(self, book: LimitBook, pipeline: PipelinedRedis) -> None:
         subjects: list[Limited] = [(KEY, LayerLimits(concurrency=1, requests_per_min=1))]
         placed(await book.place("first", subjects, 1, 0, NOW_MS))
