@@ -302,6 +302,13 @@ class TestBodies:
 
 
 class TestIdle:
+    async def test_nothing_of_a_request_is_kept(self, served: Served) -> None:
+        client = await served.send(post("/v1/a", b"x" * 100_000))
+        await answer(client)
+        (connection,) = served.server.server_state.connections
+        kept: Any = connection.cycle
+        assert (kept.headers, await kept.read_body(MOST_BYTES)) == ([], b"")
+
     async def test_a_silent_connection_is_closed_in_time(self) -> None:
         async with serving(timeout_keep_alive=1) as served:
             # Never a word; after a /v1 answer; after an ASGI answer; in the middle of a head.
