@@ -99,6 +99,7 @@ class TestJson:
             env=child_environment(
                 CROSSLOGIC_MODE="dev",
                 CROSSLOGIC_LOG_FORMAT="json",
+                CROSSLOGIC_START_PATIENCE_S="0",
                 CROSSLOGIC_STATE_DIR=str(tmp_path),
                 CROSSLOGIC_DATABASE_URL="postgresql://127.0.0.1:1/none",
                 CROSSLOGIC_REDIS_URL="redis://127.0.0.1:1/0",

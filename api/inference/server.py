@@ -241,6 +241,9 @@ class Exchange:
     def _complete(self) -> None:
         self.response_complete = True
         self.on_gone = self.on_pause = self.on_resume = None
+        # An idle connection keeps its last exchange, which must not be a large one.
+        self._body.clear()
+        self.headers.clear()
         self._protocol.completed(self)
 
 

@@ -35,6 +35,7 @@ class App:
     heard: list[tuple[str, dict[bytes, bytes]]] = field(default_factory=list[tuple[str, dict[bytes, bytes]]])
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
+    last: Exchange | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -49,6 +50,7 @@ class App:
 
     async def inference(self, exchange: Exchange) -> None:
         self.heard.append((exchange.path, dict(exchange.headers)))
+        self.last = exchange
         try:
             match exchange.path:
                 case "/v1/refuse":
@@ -302,6 +304,13 @@ class TestBodies:
 
 
 class TestIdle:
+    async def test_nothing_of_a_request_is_kept(self, served: Served) -> None:
+        client = await served.send(post("/v1/a", b"x" * 100_000))
+        await answer(client)
+        kept = served.app.last
+        assert kept is not None
+        assert (kept.headers, await kept.read_body(MOST_BYTES)) == ([], b"")
+
     async def test_a_silent_connection_is_closed_in_time(self) -> None:
         async with serving(timeout_keep_alive=1) as served:
             # Never a word; after a /v1 answer; after an ASGI answer; in the middle of a head.
