@@ -25,11 +25,11 @@ HELP = """\
 
 ./run [--state DIR] COMMAND …
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:
-      orgs environments keys limits                who may do what
-      nodes deployments models regions deadlines   what serves
-      reservations                                 capacity that orgs have prepaid
-      usage requests audit                         what was used, and who changed what
-      setup                                        bring schema, search attributes and seeds up to date
+      orgs environments keys limits        who may do what
+      nodes deployments models regions     what serves
+      deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
+      usage requests audit                 what was used, why it went there, and who changed what
+      setup                                bring schema, search attributes and seeds up to date
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack
 ./run doctor [--state DIR] [--port N]   say what is wrong on this machine and how to mend it
