@@ -75,7 +75,7 @@ class TestEngine:
         replacement = {node["id"] for node in nodes}
         assert any(node_id in listed.stdout for node_id in replacement)
 
-    def test_an_engine_killed_in_mid_stream_ends_in_a_clear_error(self, own: tuple[Stack, str]) -> None:
+    def test_an_answer_outlives_the_engine_that_began_it(self, own: tuple[Stack, str]) -> None:
         stack, key = own
         body = {
             "model": "llama-7b",
@@ -93,8 +93,9 @@ class TestEngine:
                 events.append(line)
                 if len(events) == 10:
                     engine_of(nodes[answer.headers["x-crosslogic-node"]]).kill()
-        assert "stream_cut" in events[-1]
-        assert "[DONE]" not in events[-1]
+        assert events[-1] == "data: [DONE]"
+        assert not any("stream_cut" in event for event in events)
+        assert len(events) > 20
         wait_for_replacement(stack, answer.headers["x-crosslogic-node"])
 
 

@@ -55,6 +55,8 @@ class TestRun:
             second.stop()
         third = Stack(tmp_path, port)
         try:
+            # What was left behind answers until it is stopped: only the third's own words tell that it is up itself.
+            eventually(lambda: "Inference Cloud is up" in third.screen, within_s=120, what="the third one's summary")
             third.wait_until_serving()
             third.wait_for_nodes(3, model="llama-3-8b")
             engines = {machine["pid"] for machine in third.machines()}
