@@ -146,6 +146,9 @@ class Relay:
         except ClientGone:
             relayed.outcome = Outcome.CLIENT_GONE
             relayed.status = relayed.status or 499
+            if relayed.place is not None:
+                # Now, and not after the engine's tokenizer has answered: others wait for the room.
+                relayed.place.leave()
             if relayed.is_accepted or relayed.has_begun:
                 await self._charge_gone(relayed)
         except CrossLogicError as error:
@@ -156,8 +159,10 @@ class Relay:
         except BaseException:
             # A shutdown past its grace time, or our own fault: what we cut is not charged.
             relayed.charge_nothing()
-            relayed.outcome = Outcome.CUT if relayed.has_begun else Outcome.FAILED
+            relayed.outcome = Outcome.FAILED
             relayed.status = relayed.status or 500
+            if relayed.has_begun:
+                self._cut(relayed)
             raise
         finally:
             self._streams.discard(relayed)
