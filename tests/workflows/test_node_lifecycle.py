@@ -103,7 +103,7 @@ class TestHistory:
         while (described := await handle.describe()).run_id == first:
             longest = max(longest, described.history_length)
             await asyncio.gather(*(handle.signal(names.LOOK_AGAIN) for _ in range(100)))
-            # It answers once it has taken them: a storm that outruns it on a busy machine would test the server's limit.
+            # It answers once it has taken them: a storm that outruns it would only test the limit of the server.
             await handle.query("__stack_trace")
         assert longest + 200 >= MOST_EVENTS
         assert longest < 8_000
