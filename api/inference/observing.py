@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -49,7 +50,7 @@ _GEN_AI = (
 )
 
 
-class Metric:
+class Metric(ABC):
     """One metric: its name, what it means, and its samples as lines of the text format."""
 
     kind: ClassVar[str]
@@ -60,9 +61,9 @@ class Metric:
         self.meaning = meaning
         self.labels = tuple(labels)
 
+    @abstractmethod
     def lines(self) -> Iterator[str]:
         """The samples as they stand."""
-        raise NotImplementedError
 
     def room_for(self, values: Sequence[str], taken: int) -> tuple[str, ...]:
         """The label values under which a new series is kept, `taken` being there already."""

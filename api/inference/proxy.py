@@ -236,6 +236,7 @@ class Relay:
             relayed.node = node = choice.node
             this = Tried(node, choice, self._loop.time())
             relayed.tries.append(this)
+            was_out = node.is_out
             node.take(relayed.work_tokens)
             if relayed.place is not None:
                 relayed.place.taken()
@@ -246,6 +247,11 @@ class Relay:
                     await self._whole(relayed, node, body)
                 for suspect in suspects:
                     suspect.failed(FailureKind.ERROR, self._loop.time())
+                if was_out and not node.is_out:
+                    self._observer.returned(relayed.model.name, node.entry.region)
+                elif node.is_out and not was_out:
+                    # It answered, but too slowly to go on like that.
+                    self._observer.ejected(relayed.model.name, node.entry.region)
                 return
             except NodeFailure as failure:
                 this.failure = failure.kind.value

@@ -118,11 +118,6 @@ class Exchange:
         # HTTP/1.0 knows no chunks: the end of the connection is the end of the answer.
         self._is_chunked = is_chunked
 
-    @property
-    def is_gone(self) -> bool:
-        """Has the client hung up?"""
-        return self.disconnected
-
     # The request
 
     async def read_body(self, most_bytes: int) -> bytes:

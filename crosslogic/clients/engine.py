@@ -45,11 +45,6 @@ class Generation:
     tokens: int
     duration_s: float
 
-    @property
-    def tokens_per_s(self) -> int:
-        """The speed of one stream alone, at least 1."""
-        return max(1, round(self.tokens / max(self.duration_s, 1e-6)))
-
 
 class EngineClient:
     """Asks engines, each with its own node's credential. Redirects are never followed and answers are bounded.
