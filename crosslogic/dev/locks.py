@@ -47,6 +47,12 @@ LOCKS = (
         constraint="requirements/run.lock",
     ),
     Lock("requirements/skypilot.lock", "SkyPilot's API server, in an environment of its own", ("--group", "skypilot")),
+    Lock(
+        "requirements/rig.lock",
+        "SkyPilot and the emulated AWS that its contract tests run against, in an environment of their own",
+        ("--group", "skypilot", "--group", "rig"),
+        constraint="requirements/skypilot.lock",
+    ),
     Lock("requirements/uv.lock", "uv itself, for machines without it", ("--group", "uv")),
 )
 

@@ -43,6 +43,9 @@ SUITES = (
     ),
     Suite("docs", "documentation: links, commands, JSON, generated pages", ("tests/docs",)),
     Suite("e2e", "the README's commands, literally, and what survives a kill", is_long=True),
+    Suite("simulation", "thousands of seeded lives of the fleet in virtual time", is_long=True),
+    Suite("chaos", "the fault matrix against real processes", is_long=True),
+    Suite("rigs", "unmodified SkyPilot on this machine (root; Debian packages)", is_long=True),
 )
 
 CHECKS = (
@@ -96,7 +99,7 @@ def listing() -> str:
     rows += [(suite.name, suite.summary + (" (long)" if suite.is_long else "")) for suite in SUITES]
     rows += [(check.name, check.summary) for check in CHECKS]
     rows += [("lock", "compile requirements/*.lock again (asks the package index)")]
-    lines = [f"  ./test {name:8} {summary}" for name, summary in rows]
+    lines = [f"  ./test {name:10} {summary}" for name, summary in rows]
     return "\n".join(
         [*lines, "", "A path runs that file or folder. Further arguments go on, e.g. ./test fast -k regions."]
     )
