@@ -2,8 +2,10 @@
 
 The log is a directory of append-only segments. A frame is its length and CRC-32 (two little-endian 32-bit words) and
 a payload: one letter for the kind and JSON. `I` intent, before a request is forwarded; `P` progress, at least every
-second of a stream; `S` the settled record, complete in itself, before the client gets its last byte. One `write` per
-frame puts it out of reach of a SIGKILL; `fdatasync` follows off-thread within milliseconds for the machine's own death.
+second of a stream; `S` the settled record, complete in itself, before the client gets its last byte. A frame is written
+into a shared mapping of the file: from then on it is the kernel's, out of reach of a SIGKILL; `fdatasync` follows
+off-thread within milliseconds for the machine's own death. Room is reserved before it is written to, so that a full
+disk is an error here and not a signal; what is reserved and not used yet reads as zeros, which end a segment.
 
 The shipper moves settled records to Postgres as the bytes that were logged, idempotent by id. Those of its own process
 it has from memory; from the file only when Postgres was away for so long that memory was not to hold them. In a dead
@@ -16,6 +18,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import mmap
 import os
 import shutil
 import struct
@@ -39,7 +42,9 @@ log = logging.getLogger("crosslogic.metering")
 SEGMENT_BYTES = 16 * 1024 * 1024
 # Beyond this the shipper has been away for so long that taking on more would fill the disk: requests get 503 (A5).
 MOST_BYTES = 4 * 1024 * 1024 * 1024
-SYNC_INTERVAL_S = 0.005
+# Room in a segment is reserved and mapped so much at a time; a fuller disk gives what there is.
+WINDOW_BYTES = 1024 * 1024
+SYNC_INTERVAL_S = 0.01
 SYNC_RETRY_S = 0.5
 SHIP_INTERVAL_S = 0.1
 BATCH_RECORDS = 1000
@@ -123,6 +128,10 @@ class UsageLog:
         self.kept_bytes = 0
         self._size = 0
         self._fd = -1
+        # The part of the segment that is written to: mapped from an offset up to the end of what is reserved.
+        self._window: mmap.mmap | None = None
+        self._window_at = 0
+        self._reserved = 0
         # Full segments that are not synced yet; the thread that syncs takes them from the left.
         self._full: deque[int] = deque()
         self._is_dirty = False
@@ -213,27 +222,56 @@ class UsageLog:
             # Whoever reads it would take it for damage.
             raise InvariantViolated(f"a frame of {length} bytes is too long for the usage log")
         frame = _HEADER_AND_KIND.pack(length, zlib.crc32(body, _CRC_OF[kind]), kind) + body
-        written = os.write(self._fd, frame)
-        if written != len(frame):
-            # A torn frame in the middle would hide what follows it: cut it off again, or leave this segment.
-            try:
-                os.ftruncate(self._fd, self._size)
-            except OSError:
-                self._size = self._segment_bytes
-            raise OSError(f"only {written} of {len(frame)} bytes could be written")
-        self._size += written
-        self.kept_bytes += written
+        start = self._size
+        end = start + len(frame)
+        if end > self._reserved:
+            self._reserve(end)
+        assert self._window is not None
+        at = self._window_at
+        self._window[start - at : end - at] = frame
+        self._size = end
+        self.kept_bytes += len(frame)
         if not self._is_dirty:
             self._is_dirty = True
             self._to_sync.set()
 
+    def _reserve(self, end: int) -> None:
+        """Make room up to `end` at least and map it. Raises OSError when the disk is full; nothing has changed then."""
+        page = mmap.ALLOCATIONGRANULARITY
+        at = self._size - self._size % page
+        try:
+            reserved = self._grow(at + max(WINDOW_BYTES, end - at + page))
+        except OSError:
+            reserved = self._grow(end)
+        self._window = mmap.mmap(self._fd, reserved - at, offset=at)
+        self._window_at = at
+
+    def _grow(self, size: int) -> int:
+        try:
+            os.posix_fallocate(self._fd, self._reserved, size - self._reserved)
+        except OSError:
+            # Some of it may be there.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._reserved)
+            raise
+        self._reserved = size
+        return size
+
+    def _give_back(self) -> None:
+        """Let go of what is reserved and was not used."""
+        self._window = None
+        if self._reserved > self._size:
+            os.ftruncate(self._fd, self._size)
+            self._reserved = self._size
+
     def _roll(self) -> None:
         following = self.segment + 1
-        descriptor = os.open(self.segment_path(following), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o600)
+        descriptor = os.open(self.segment_path(following), os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         if self._fd >= 0:
+            self._give_back()
             self.closed_segments[self.segment] = self.settled
             self._full.append(self._fd)
-        self._fd, self.segment, self._size = descriptor, following, 0
+        self._fd, self.segment, self._size, self._reserved, self._window = descriptor, following, 0, 0, None
 
     async def keep_synced(self) -> None:
         """Run for the life of the process: fdatasync in a thread of its own, milliseconds after an unsynced append.
@@ -285,6 +323,8 @@ class UsageLog:
     def close(self) -> None:
         """Sync and let go; what was not shipped is taken over by the next process."""
         try:
+            with contextlib.suppress(OSError):
+                self._give_back()
             _sync_and_close([*self._full, self._fd])
         finally:
             if self._lock is not None:
@@ -371,7 +411,7 @@ class Shipper:
         await _ingest_all(records, self._ingest, self._damaged)
         self._shipped += len(records)
         if end == 0 and segment < self._log.segment:
-            if offset < path.stat().st_size:
+            if data.rstrip(b"\0"):
                 _keep_damaged(path, offset, self._damaged)
             # Whatever could be read of it is shipped.
             self._shipped = self._log.closed_segments[segment]
@@ -508,7 +548,8 @@ class _Leftovers:
                 step = _decode_progress(body)
                 if step.id in self._intents:
                     self._progress[step.id] = step
-        if end < len(data) and not (is_last and _is_torn(data[end:])):
+        rest = data[end:].rstrip(b"\0")  # What was reserved and not used; JSON never ends in a zero.
+        if rest and not (is_last and _is_torn(rest)):
             _keep_damaged(path, end, damaged)
         return settled
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import mmap
 import multiprocessing
 import os
 import random
@@ -100,9 +102,17 @@ class Ledger:
 
 
 def _die(log: UsageLog) -> Path:
-    """What SIGKILL leaves: the files, and no lock."""
+    """What SIGKILL leaves: the files with all that was reserved in them, and no lock."""
+    sizes = {path: path.stat().st_size for path in _segments(log.directory)}
     log.close()
+    for path, size in sizes.items():
+        os.truncate(path, size)
     return log.directory
+
+
+def _used(directory: Path) -> int:
+    """Bytes of the segments that are in use."""
+    return sum(len(path.read_bytes().rstrip(b"\0")) for path in _segments(directory))
 
 
 def _copy_of(directory: Path) -> Path:
@@ -167,27 +177,47 @@ class TestUsageLog:
             log.intend(_intent())
         assert caught.value.code == "usage_log_full"
 
-    async def test_a5_a_write_that_fails_is_503_and_leaves_no_torn_frame(
+    async def test_a5_a_disk_without_room_is_503_and_what_fits_is_used(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         log = UsageLog(tmp_path, "a")
-        log.intend(_intent())
-        size = _segments(log.directory)[0].stat().st_size
-        real = os.write
+        real, room = os.posix_fallocate, mmap.PAGESIZE
 
-        def half(descriptor: int, data: bytes) -> int:
-            return real(descriptor, data[: len(data) // 2])
+        def full(descriptor: int, offset: int, size: int) -> None:
+            if offset + size > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(descriptor, offset, size)
 
-        monkeypatch.setattr(os, "write", half)
-        with pytest.raises(Unavailable):
-            log.intend(_intent())
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        taken = 0
+        with pytest.raises(Unavailable) as caught:
+            while True:
+                log.intend(_intent())
+                taken += 1
+        assert caught.value.code == "usage_log_failed"
+        assert room - log.end[1] < 2 * log.end[1] / taken
+        assert _segments(log.directory)[0].stat().st_size == log.end[1]
         monkeypatch.undo()
-        assert _segments(log.directory)[0].stat().st_size == size
         settled = _intent()
         log.settle(_record(settled))
         ledger = Ledger()
         assert await Shipper(log, ledger.add).ship_once() == 1
         assert set(ledger.records) == {settled.id}
+        _die(log)
+        assert await recover(tmp_path, "b", ledger.add) == taken + 1
+
+    async def test_what_is_reserved_and_not_used_is_given_back(self, tmp_path: Path) -> None:
+        log = UsageLog(tmp_path, "a", segment_bytes=1000)
+        for _ in range(5):
+            log.intend(_intent())
+        *closed, current = _segments(log.directory)
+        assert closed
+        for path in closed:
+            data = path.read_bytes()
+            assert list(frames(data))[-1][1] == len(data)
+        assert current.stat().st_size > log.end[1]
+        log.close()
+        assert current.stat().st_size == log.end[1]
 
     async def test_a_roll_that_fails_does_not_fail_for_ever(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -231,20 +261,26 @@ class TestUsageLog:
         for intent in intents:
             log.intend(intent)
 
-        def full(descriptor: int, data: bytes) -> int:
+        def full(descriptor: int, offset: int, size: int) -> None:
             raise OSError("no space left on device")
 
-        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        others = 0
+        with pytest.raises(Unavailable):
+            while True:
+                log.intend(_intent())
+                others += 1
         with pytest.raises(OSError, match="no space"):
             log.settle(_record(intents[0]))
         for intent in intents[:2]:
             log.settle_when_possible(_record(intent))
         assert await shipper.ship_once() == 0
-        assert len(log.open_intents) == 3
+        assert len(log.open_intents) == 3 + others
         monkeypatch.undo()
         assert await shipper.ship_once() == 2
         assert set(ledger.records) == {intent.id for intent in intents[:2]}
-        assert list(log.open_intents) == [intents[2].id.int]
+        assert intents[2].id.int in log.open_intents
+        assert len(log.open_intents) == 1 + others
         assert await shipper.ship_once() == 0
         assert ledger.deliveries == 2
 
@@ -384,7 +420,7 @@ class TestShipper:
         assert len(ledger.records) == 20
         names = [path.name for path in _segments(log.directory)]
         assert names == ["segment-00000001.log", f"segment-{log.segment:08d}.log"]
-        assert log.kept_bytes == sum(path.stat().st_size for path in _segments(log.directory))
+        assert log.kept_bytes == _used(log.directory)
         log.settle(_record(waiting))
         for _ in range(3):
             await shipper.ship_once()
@@ -464,8 +500,7 @@ class TestLife:
             life = _Life(root, in_memory)
             for way in ways:
                 await life.do(way)
-            files = _segments(life.log.directory)
-            assert life.log.kept_bytes == sum(path.stat().st_size for path in files)
+            assert life.log.kept_bytes == _used(life.log.directory)
             assert set(life.ledger.records) <= set(life.settled)
             assert life.ledger.deliveries == len(life.ledger.records), "shipped twice without need"
             directory = _die(life.log)
@@ -669,10 +704,11 @@ class TestRecover:
         for intent in (first, second):
             log.intend(intent)
             log.settle(_record(intent))
-        path = _segments(log.directory)[0]
+        path, end = _segments(log.directory)[0], log.end[1]
         _die(log)
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - cut)
+        size = path.stat().st_size
+        os.truncate(path, end - cut)
+        os.truncate(path, size)
         assert await recover(tmp_path, "b", ledger.add) == 2
         assert ledger.records[first.id].outcome is Outcome.COMPLETED
         assert ledger.records[second.id].outcome is Outcome.INTERRUPTED
@@ -684,10 +720,10 @@ class TestRecover:
         for number in range(8):
             log.settle(_record(_intent(number)))
         path = _segments(log.directory)[0]
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
         _die(log)
+        data = bytearray(path.read_bytes())
+        data[len(data.rstrip(b"\0")) // 2] ^= 1
+        path.write_bytes(data)
         await recover(tmp_path, "b", ledger.add)
         assert 0 < len(ledger.records) < 8
         (kept,) = (tmp_path / "damaged").iterdir()
