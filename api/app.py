@@ -161,7 +161,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         table.keep_probing(),
         observer.keep_measuring(),
     ]
-    tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]
+    tasks = [asyncio.create_task(coroutine, name=getattr(coroutine, "__qualname__", None)) for coroutine in background]
     for task in tasks:
         task.add_done_callback(_note_end)
     # What is allocated by now lives as long as the process: keep the collector from walking it (docs/performance.md).
@@ -176,6 +176,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
             yield
     finally:
         app.inference = None
+        await relay.cut()
         with contextlib.suppress(Exception):
             # Otherwise the others would leave it a share of every region's capacity until it counts as dead.
             await within(1, limits.leave())

@@ -421,7 +421,7 @@ async def main(out: Path, seconds: float) -> None:
                     "uvicorn",
                     "api.app:app",
                     "--http",
-                    "api.inference.server:HttpProtocol",
+                    "api.compiled:HttpProtocol",
                     "--port",
                     str(port),
                     "--no-access-log",

@@ -173,7 +173,7 @@ class _Gate:
 
     def has_room(self, pool: Pool, tokens: int, is_reserved: bool) -> bool:
         """May so much more be in flight? A request that is larger than all there is may have it alone."""
-        capacity: float = pool.capacity_tokens
+        capacity = float(pool.capacity_tokens)
         if not capacity:
             return True
         processes = self._admission.processes()

@@ -62,19 +62,19 @@ class KeyRing:
         self._strangers: set[bytes] = set()
         self._epoch = 0
 
+    def known(self, authorization: bytes) -> Principal | None:
+        """The principal of an `Authorization` header; None if Postgres must be asked. Raises Rejected (401, 403)."""
+        principal = self._principals.get(hashlib.sha256(_secret_of(authorization)).digest())
+        if principal is not None:
+            self._admit(principal)
+        return principal
+
     async def authenticate(self, authorization: bytes) -> Principal:
         """The principal of an `Authorization` header.
 
         Raises Rejected (401, 403), or Unavailable when Postgres must be asked and does not answer.
         """
-        scheme, _, secret = authorization.partition(b" ")
-        secret = secret.strip()
-        if scheme.lower() != b"bearer" or not secret:
-            raise Rejected(
-                "No API key was given. Send it as a header: Authorization: Bearer sk_…",
-                status=401,
-                code="missing_api_key",
-            )
+        secret = _secret_of(authorization)
         digest = hashlib.sha256(secret).digest()
         principal = self._principals.get(digest)
         if principal is None:
@@ -143,3 +143,15 @@ class KeyRing:
             if digest not in fresh:
                 self._principals.pop(digest, None)
         self._principals.update(fresh)
+
+
+def _secret_of(authorization: bytes) -> bytes:
+    scheme, _, secret = authorization.partition(b" ")
+    secret = secret.strip()
+    if scheme.lower() != b"bearer" or not secret:
+        raise Rejected(
+            "No API key was given. Send it as a header: Authorization: Bearer sk_…",
+            status=401,
+            code="missing_api_key",
+        )
+    return secret

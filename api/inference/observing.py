@@ -203,7 +203,7 @@ RequestsByPlace = dict[tuple[str, str, str, str], Requests]
 class RequestHistogram(Histogram):
     """A histogram that is counted in `Requests`: its attributes, each with the labels that tell it from the others."""
 
-    __slots__ = ("_attributes", "_requests")
+    __slots__ = ("_fields", "_requests")
 
     def __init__(
         self,
@@ -217,12 +217,12 @@ class RequestHistogram(Histogram):
     ) -> None:
         super().__init__(name, meaning, (*_GEN_AI, *labels), bounds, scale)
         self._requests = requests
-        self._attributes = attributes
+        self._fields = attributes
 
     def lines(self) -> Iterator[str]:
         """The lines of every series that has a value."""
         for requests in self._requests.values():
-            for attribute, pairs in self._attributes.items():
+            for attribute, pairs in self._fields.items():
                 counts: list[int] = getattr(requests, attribute)
                 if any(counts):
                     yield self.lines_of(requests.pairs + pairs, counts)
@@ -231,7 +231,7 @@ class RequestHistogram(Histogram):
 class RequestCounter(Counter):
     """A counter that is derived from `Requests`; those of several kinds of endpoint add up."""
 
-    __slots__ = ("_attribute", "_has_outcome", "_requests")
+    __slots__ = ("_field", "_has_outcome", "_requests")
 
     def __init__(
         self,
@@ -244,14 +244,14 @@ class RequestCounter(Counter):
     ) -> None:
         super().__init__(name, meaning, ("model", "region", "outcome") if has_outcome else ("model", "region"))
         self._requests = requests
-        self._attribute = attribute
+        self._field = attribute
         self._has_outcome = has_outcome
 
     def lines(self) -> Iterator[str]:
         """One line for each series."""
         self.values.clear()
         for requests in self._requests.values():
-            counted: int | list[int] = getattr(requests, self._attribute)
+            counted: int | list[int] = getattr(requests, self._field)
             amount = counted if isinstance(counted, int) else sum(counted[:-1])
             values = requests.place if self._has_outcome else requests.place[:2]
             self.values[values] = self.values.get(values, 0) + amount

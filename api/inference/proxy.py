@@ -12,11 +12,13 @@ import contextlib
 import logging
 import re
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
 
-from api.inference.admission import Admission, Asked
+from api.inference.admission import Admission, Asked, Place
 from api.inference.calls import BYTES_PER_TOKEN
 from api.inference.continuation import ExtendedAnswer, RepeatedAnswer, Way, body_for, way_for
 from api.inference.counting import count_tokens
@@ -25,7 +27,7 @@ from api.inference.limits import Limits
 from api.inference.metering import UsageLog
 from api.inference.observing import Observer
 from api.inference.relayed import Deadlines, Relayed, Tried
-from api.inference.router import Node, RouteTable
+from api.inference.router import NOBODY, Node, RouteTable
 from api.inference.tracing import Try
 from api.inference.upstream import ClientGone, Connection, FailureKind, NodeFailure
 from crosslogic.domain.affinity import prefix_blocks
@@ -127,22 +129,115 @@ class Relay:
         self._loop = asyncio.get_running_loop()
         self._budget = RetryBudget(self._loop.time())
         self._streams: set[Relayed] = set()
+        # Those that no task runs for: an engine's answer will call back.
+        self._waiting: set[Relayed] = set()
+        # Told of a call that failed before its answer began; set by whoever answers clients.
+        self.on_error: Callable[[Relayed, Exception], None] = _log_error
 
     def take_catalog(self, catalog: Catalog) -> None:
         """A new reading: what models have deadlines of their own."""
         self._admission.catalog = catalog
         self._deadlines_of = {name: _own_deadlines(model, self._deadlines) for name, model in catalog.models.items()}
 
-    async def run(self, relayed: Relayed) -> None:
-        """Answer an admitted call. Errors before the first byte are raised, with the call settled; later are sent."""
+    def begin(self, relayed: Relayed) -> None:
+        """Answer an admitted call. Where a node can be asked at once no task is made: its answer calls back."""
         self._budget.earn()
         deadlines = self._deadlines_of.get(relayed.model.name, self._deadlines)
         relayed.deadlines = deadlines
         relayed.deadline_at = relayed.started_at + deadlines.total_s
         relayed.work_tokens = self._expected_work(relayed)
+        relayed.asked = Asked(
+            relayed.principal.org_id,
+            relayed.model.name,
+            relayed.plan,
+            relayed.work_tokens,
+            relayed.hold.is_reserved,
+            relayed.deadline_at,
+        )
+        relayed.watch()
+        if relayed.call.is_streamed or relayed.exchange.disconnected or not self._ask_at_once(relayed):
+            relayed.exchange.spawn(self._go_on(relayed))
+
+    def _ask_at_once(self, relayed: Relayed) -> bool:
+        """Ask a node for a whole answer, if there is room and an open connection. False: it is for a task to begin."""
+        asked = relayed.asked
+        assert asked is not None
+        place = self._admission.enter_now(asked)
+        if place is None:
+            return False
+        relayed.place = place
+        choice = self._choose(relayed, place, NOBODY)
+        if choice is None:
+            return False
+        self._try(relayed, choice)
+        connection = choice.node.upstream.idle()
+        if connection is None:
+            relayed.exchange.spawn(self._go_on(relayed, is_begun=True))
+            return True
         try:
-            relayed.watch()
-            await self._relay(relayed)
+            self._send_whole(relayed, choice.node, connection, relayed.call.engine_body(relayed.model))
+        except Exception as error:
+            relayed.exchange.spawn(self._go_on(relayed, is_begun=True, failure=error))
+            return True
+        self._waiting.add(relayed)
+        connection.expect_all(
+            self._whole_by(relayed), LONGEST_ANSWER_BYTES, partial(self._answered, relayed, choice.node, connection)
+        )
+        return True
+
+    def _answered(self, relayed: Relayed, node: Node, connection: Connection) -> None:
+        """Called when the engine has answered, or failed to."""
+        self._waiting.discard(relayed)
+        failure: BaseException | None = None
+        try:
+            answer = connection.take_all()
+            status = connection.status
+            relayed.detach()
+            node.upstream.release(connection)
+            self._tell_whole(relayed, node, status, answer)
+        except BaseException as error:
+            failure = error
+            if relayed.connection is not None:
+                relayed.detach()
+                node.upstream.release(connection)
+            if isinstance(error, NodeFailure) and error.kind is FailureKind.RESET and not error.is_fresh:
+                # A kept-alive connection that the engine had closed in the meantime is no failure of the node.
+                failure = None
+            relayed.exchange.spawn(self._go_on(relayed, is_begun=True, failure=failure))
+            return
+        this = relayed.tries[-1]
+        this.ended_at = self._loop.time()
+        self._note_health(relayed, node, was_out=this.was_out)
+        node.give_back(relayed.work_tokens)
+        if relayed.place is not None:
+            relayed.place.leave()
+        self._finish(relayed)
+
+    async def _go_on(self, relayed: Relayed, *, is_begun: bool = False, failure: BaseException | None = None) -> None:
+        """The rest of a call, from its beginning, or from its first try (`is_begun`) or that try's failure on."""
+        try:
+            await self._run(relayed, is_begun=is_begun, failure=failure)
+        except Exception as error:
+            self.on_error(relayed, error)
+        finally:
+            if not relayed.exchange.response_complete:
+                # A broken connection is the one honest end of an answer that cannot be completed.
+                relayed.exchange.abort()
+
+    async def cut(self) -> None:
+        """At the end of a shutdown's patience: end what still waits for engines. It is not charged."""
+        for relayed in list(self._waiting):
+            if relayed.connection is not None:
+                relayed.connection.fail(asyncio.CancelledError())
+        # Once for the tasks to begin, and end.
+        await asyncio.sleep(0)
+
+    async def _run(self, relayed: Relayed, *, is_begun: bool, failure: BaseException | None) -> None:
+        """Errors before the first byte are raised, with the call settled; later ones are sent."""
+        try:
+            if relayed.exchange.disconnected and failure is None:
+                raise ClientGone
+            await self._relay(relayed, is_begun=is_begun, failure=failure)
         except ClientGone:
             relayed.outcome = Outcome.CLIENT_GONE
             relayed.status = relayed.status or 499
@@ -218,88 +313,129 @@ class Relay:
         self._usage_log.settle(record)
         relayed.settled = record
 
-    async def _relay(self, relayed: Relayed) -> None:
+    async def _relay(self, relayed: Relayed, *, is_begun: bool, failure: BaseException | None) -> None:
         own_body = body = relayed.call.engine_body(relayed.model)
         way = Way.RESTART
         tried: list[Node] = []
         # A request that every node answers with 5xx may itself be at fault: it is theirs once another node has managed.
         suspects: list[Node] = []
         while True:
+            if is_begun:
+                is_begun = False
+            else:
+                try:
+                    choice = await self._next(relayed, tried)
+                except CrossLogicError:
+                    if relayed.has_begun:
+                        self._cut(relayed)
+                        return
+                    raise
+                self._try(relayed, choice)
+            this = relayed.tries[-1]
+            node = this.node
             try:
-                choice = await self._next(relayed, tried)
-            except CrossLogicError:
-                if relayed.has_begun:
-                    self._cut(relayed)
-                    return
-                raise
-            relayed.choice = choice
-            relayed.node = node = choice.node
-            this = Tried(node, choice, self._loop.time())
-            relayed.tries.append(this)
-            was_out = node.is_out
-            node.take(relayed.work_tokens)
-            if relayed.place is not None:
-                relayed.place.taken()
-            try:
+                if failure is not None:
+                    failed, failure = failure, None
+                    raise failed
                 if relayed.call.is_streamed:
                     await self._stream(relayed, node, body, way)
                 else:
                     await self._whole(relayed, node, body)
                 for suspect in suspects:
                     suspect.failed(FailureKind.ERROR, self._loop.time())
-                if was_out and not node.is_out:
-                    self._observer.returned(relayed.model.name, node.entry.region)
-                elif node.is_out and not was_out:
-                    # It answered, but too slowly to go on like that.
-                    self._observer.ejected(relayed.model.name, node.entry.region)
+                self._note_health(relayed, node, was_out=this.was_out)
                 return
-            except NodeFailure as failure:
-                this.failure = failure.kind.value
-                is_late = failure.kind is FailureKind.TOTAL or self._loop.time() >= relayed.deadline_at
-                if not isinstance(failure, _Unextendable):
-                    self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
-                    tried.append(node)
-                if relayed.has_begun:
-                    last, way = way, self._way_on(relayed, way, failure, is_late=is_late)
-                    self._book_waste(relayed, node, last, way)
-                    self._observer.continued(way.value)
-                    if way is Way.NONE:
-                        self._cut(relayed)
-                        return
-                    if way is Way.FINISH:
-                        await self._end_told(relayed, tried)
-                        return
-                    events = relayed.events
-                    assert events is not None
-                    is_extended = way is Way.EXTEND
-                    body = body_for(relayed.call, relayed.model, events.told) if is_extended else own_body
-                    continue
-                relayed.is_accepted = False
-                if failure.kind not in UNREAD:
-                    relayed.waste_on(node, WasteReason.FAILED_TRY, relayed.intent.estimated_prompt_tokens, 0)
-                if is_late:
-                    raise Unavailable(
-                        f"{relayed.model.name} did not answer in time; ask for fewer tokens or stream the answer.",
-                        code="deadline_exceeded",
-                        retry_after_s=1,
-                    ) from failure
-                if len(tried) >= MOST_TRIES or not self._budget.spend(self._loop.time()):
-                    raise Unavailable(
-                        f"{len(tried)} node(s) failed to answer for {relayed.model.name}; try again shortly.",
-                        code="nodes_failed",
-                        retry_after_s=2,
-                    ) from failure
-                self._observer.retried(failure.kind)
+            except NodeFailure as error:
+                way = self._after(relayed, this, error, way, tried, suspects)
             finally:
                 this.ended_at = self._loop.time()
                 node.give_back(relayed.work_tokens)
+            if way is Way.NONE:
+                self._cut(relayed)
+                return
+            if way is Way.FINISH:
+                await self._end_told(relayed, tried)
+                return
+            if relayed.has_begun:
+                events = relayed.events
+                assert events is not None
+                is_extended = way is Way.EXTEND
+                body = body_for(relayed.call, relayed.model, events.told) if is_extended else own_body
+
+    def _after(
+        self,
+        relayed: Relayed,
+        this: Tried,
+        failure: NodeFailure,
+        way: Way,
+        tried: list[Node],
+        suspects: list[Node],
+    ) -> Way:
+        """How to go on after a failed try. Raises Unavailable where nothing more helps and nothing was told yet."""
+        node = this.node
+        this.failure = failure.kind.value
+        is_late = failure.kind is FailureKind.TOTAL or self._loop.time() >= relayed.deadline_at
+        if not isinstance(failure, _Unextendable):
+            self._blame(relayed, node, failure.kind, suspects, is_late=is_late)
+            tried.append(node)
+        if relayed.has_begun:
+            following = self._way_on(relayed, way, failure, is_late=is_late)
+            self._book_waste(relayed, node, way, following)
+            self._observer.continued(following.value)
+            return following
+        relayed.is_accepted = False
+        if failure.kind not in UNREAD:
+            relayed.waste_on(node, WasteReason.FAILED_TRY, relayed.intent.estimated_prompt_tokens, 0)
+        if is_late:
+            raise Unavailable(
+                f"{relayed.model.name} did not answer in time; ask for fewer tokens or stream the answer.",
+                code="deadline_exceeded",
+                retry_after_s=1,
+            ) from failure
+        if len(tried) >= MOST_TRIES or not self._budget.spend(self._loop.time()):
+            raise Unavailable(
+                f"{len(tried)} node(s) failed to answer for {relayed.model.name}; try again shortly.",
+                code="nodes_failed",
+                retry_after_s=2,
+            ) from failure
+        self._observer.retried(failure.kind)
+        return Way.RESTART
+
+    def _try(self, relayed: Relayed, choice: Choice[Node]) -> None:
+        """Begin a try of the chosen node; it is given back when the try has ended."""
+        relayed.choice = choice
+        relayed.node = node = choice.node
+        relayed.tries.append(Tried(node, choice, self._loop.time()))
+        node.take(relayed.work_tokens)
+        if relayed.place is not None:
+            relayed.place.taken()
+
+    def _note_health(self, relayed: Relayed, node: Node, *, was_out: bool) -> None:
+        """A try has gone well: what is new about the node?"""
+        if was_out and not node.is_out:
+            self._observer.returned(relayed.model.name, node.entry.region)
+        elif node.is_out and not was_out:
+            # It answered, but too slowly to go on like that.
+            self._observer.ejected(relayed.model.name, node.entry.region)
+
+    def _choose(self, relayed: Relayed, place: Place, tried: Sequence[Node]) -> Choice[Node] | None:
+        if relayed.marks is not None:
+            relayed.marks.queued = time.monotonic()
+        blocks = prefix_blocks(relayed.call.body) if place.pool.wants_prefix else ()
+        choice = self._table.choose(place.pool, tried, blocks)
+        if choice is not None:
+            self._observer.decided(relayed.model.name, place.region, choice.reason, choice.strategy)
+            if relayed.marks is not None:
+                relayed.marks.routed = time.monotonic()
+        return choice
 
     async def _next(self, relayed: Relayed, tried: list[Node]) -> Choice[Node]:
         """The node for the next try: at once where there is room, else when admission finds some.
 
         Raises what admission raises, and Unavailable where every node was tried before the answer began.
         """
-        asked: Asked | None = None
+        asked = relayed.asked
+        assert asked is not None
         place = relayed.place
         if place is not None:
             place = self._admission.next_region(place, tried)
@@ -317,31 +453,16 @@ class Relay:
                     if relayed.place is not None:
                         relayed.place.leave()
                         relayed.place = None
-                    asked = asked or Asked(
-                        relayed.principal.org_id,
-                        relayed.model.name,
-                        relayed.plan,
-                        relayed.work_tokens,
-                        relayed.hold.is_reserved,
-                        relayed.deadline_at,
-                    )
                     place = self._admission.enter_now(asked)
-                if place is None and asked is not None:
+                if place is None:
                     if gone is None:
                         gone = self._watch_for_leaving(relayed)
                     began = self._loop.time()
                     place = await self._admission.enter(asked, gone)
                     self._observer.queued(asked.model, place.region, self._loop.time() - began)
-                assert place is not None
                 relayed.place = place
-                if relayed.marks is not None:
-                    relayed.marks.queued = time.monotonic()
-                blocks = prefix_blocks(relayed.call.body) if place.pool.wants_prefix else ()
-                choice = self._table.choose(place.pool, tried, blocks)
+                choice = self._choose(relayed, place, tried)
                 if choice is not None:
-                    self._observer.decided(relayed.model.name, place.region, choice.reason, choice.strategy)
-                    if relayed.marks is not None:
-                        relayed.marks.routed = time.monotonic()
                     return choice
                 # All that is there has failed this answer already: another node may come.
                 place.leave()
@@ -435,27 +556,34 @@ class Relay:
 
     # Whole answers
 
-    async def _whole(self, relayed: Relayed, node: Node, body: bytes) -> None:
-        """A call with one JSON answer."""
-        request = self._request(relayed, node, body)
+    def _whole_by(self, relayed: Relayed) -> float:
+        """When a whole answer must be there: its first byte comes with its last token."""
         patience_s = relayed.deadlines.first_byte_s
         if relayed.call.kind != "embedding":
             patience_s += relayed.call.completion_limit(relayed.model) / SLOWEST_TOKENS_PER_S
+        return min(self._loop.time() + patience_s, relayed.deadline_at)
+
+    def _send_whole(self, relayed: Relayed, node: Node, connection: Connection, body: bytes) -> None:
+        """Send the call. Raises ClientGone."""
+        relayed.attach(connection)
+        if relayed.exchange.disconnected:
+            raise ClientGone
+        relayed.mark_connected()
+        connection.send(self._request(relayed, node, body))
+        relayed.is_accepted = True
+
+    async def _whole(self, relayed: Relayed, node: Node, body: bytes) -> None:
+        """A call with one JSON answer."""
         connection = node.upstream.idle()
-        while True:
+        answer: bytes | None = None
+        status = 0
+        while answer is None:
             if connection is None:
                 connection = await self._connect(relayed, node)
             try:
-                relayed.attach(connection)
-                if relayed.exchange.disconnected:
-                    raise ClientGone
-                relayed.mark_connected()
-                connection.send(request)
-                relayed.is_accepted = True
-                first_at = min(self._loop.time() + patience_s, relayed.deadline_at)
-                answer = await connection.read_all(first_at, relayed.deadline_at, LONGEST_ANSWER_BYTES)
+                self._send_whole(relayed, node, connection, body)
+                answer = await connection.read_all(self._whole_by(relayed), relayed.deadline_at, LONGEST_ANSWER_BYTES)
                 status = connection.status
-                break
             except NodeFailure as failure:
                 if failure.kind is not FailureKind.RESET or failure.is_fresh:
                     raise
@@ -464,6 +592,10 @@ class Relay:
                 relayed.detach()
                 node.upstream.release(connection)
             connection = None
+        self._tell_whole(relayed, node, status, answer)
+
+    def _tell_whole(self, relayed: Relayed, node: Node, status: int, answer: bytes) -> None:
+        """Settle the engine's answer and hand it on. Raises NodeFailure, and Rejected where it refuses the request."""
         relayed.mark_first_byte()
         self._check_status(status)
         if status >= 400:
@@ -474,10 +606,11 @@ class Relay:
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is not JSON") from error
         if not isinstance(document, dict):
             raise NodeFailure(FailureKind.GARBAGE, "an answer that is no object")
-        node.succeeded(self._loop.time())
+        now = self._loop.time()
+        node.succeeded(now)
         document = cast("dict[str, Any]", document)
         usage = document.get("usage")
-        relayed.ttft_s = self._loop.time() - relayed.started_at
+        relayed.ttft_s = now - relayed.started_at
         counts = usage_tokens(cast("dict[str, Any]", usage) if isinstance(usage, dict) else None)
         relayed.charge(counts, lambda: answer_bytes(document) // BYTES_PER_TOKEN)
         if "timings" in document or document.get("model") != relayed.model.name or relayed.call.is_query_form:
@@ -674,6 +807,10 @@ class Relay:
     def streams(self) -> int:
         """How many streams are being relayed."""
         return len(self._streams)
+
+
+def _log_error(relayed: Relayed, error: Exception) -> None:
+    log.error("request %s failed: %s", relayed.shown_id, error)
 
 
 def _own_deadlines(model: Model, usual: Deadlines) -> Deadlines:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from api.inference.admission import Place
+from api.inference.admission import Asked, Place
 from api.inference.calls import BYTES_PER_TOKEN, Call
 from api.inference.events import EventStream
 from api.inference.limits import Hold
@@ -45,12 +45,13 @@ class Deadlines:
 
 
 NO_DEADLINES = Deadlines(0.0, 0.0, 0.0, 0.0)
+NO_HOLD = Hold("", (), 0, 0, 0)
 
 
 class Tried:
     """One try of a node. Times are the loop's; `failure` is "" unless the node failed."""
 
-    __slots__ = ("choice", "ended_at", "failure", "first_at", "node", "started_at")
+    __slots__ = ("choice", "ended_at", "failure", "first_at", "node", "started_at", "was_out")
 
     def __init__(self, node: Node, choice: Choice[Node], started_at: float) -> None:
         self.node = node
@@ -59,15 +60,20 @@ class Tried:
         self.first_at: float | None = None
         self.ended_at = started_at
         self.failure = ""
+        self.was_out = node.is_out
 
 
 class Relayed:
-    """The state of one call. The relay drives it; `take` is called with each piece of a stream."""
+    """The state of one call. The relay drives it; `take` is called with each piece of a stream.
+
+    Until it `is_admitted` it has no hold, and leaves no usage record.
+    """
 
     __slots__ = (
         "_idle_s",
         "_loop",
         "_stop_waiting",
+        "asked",
         "cached_tokens",
         "call",
         "choice",
@@ -83,6 +89,7 @@ class Relayed:
         "id",
         "intent",
         "is_accepted",
+        "is_admitted",
         "marks",
         "model",
         "node",
@@ -116,7 +123,6 @@ class Relayed:
         call: Call,
         model: Model,
         plan: RegionPlan,
-        hold: Hold,
         intent: Intent,
         loop: asyncio.AbstractEventLoop,
         now: float,
@@ -128,8 +134,9 @@ class Relayed:
         self.call = call
         self.model = model
         self.plan = plan
-        self.hold = hold
+        self.hold = NO_HOLD
         self.intent = intent
+        self.is_admitted = False
         self._loop = loop
         self.started_at = now
         self.deadline_at = now
@@ -140,6 +147,7 @@ class Relayed:
         self.connection: Connection | None = None
         self._stop_waiting: Callable[[], None] | None = None
         self.events: EventStream | None = None
+        self.asked: Asked | None = None
         self.place: Place | None = None
         self.choice: Choice[Node] | None = None
         self.tries: list[Tried] = []
@@ -168,8 +176,6 @@ class Relayed:
     def watch(self) -> None:
         """From now on the client hanging up ends whatever this call waits for (H1)."""
         self.exchange.on_gone = self._hang_up
-        if self.exchange.disconnected:
-            raise ClientGone
 
     def wait_with(self, stop: Callable[[], None] | None) -> None:
         """While the call waits for something other than an engine: how to stop that. Raises ClientGone."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from random import Random
 from typing import Any
 from urllib.parse import parse_qs
@@ -24,12 +25,12 @@ from api.inference.proxy import Relay, now_ms
 from api.inference.relayed import Relayed
 from api.inference.router import RouteTable
 from api.inference.server import BodyTooLarge, Exchange
-from api.inference.tracing import Marks, Tracer
+from api.inference.tracing import Marks, Trace, Tracer
 from crosslogic.domain.catalog import Catalog, Model
-from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
+from crosslogic.domain.errors import CrossLogicError, InvariantViolated, Rejected, Unavailable
 from crosslogic.domain.ids import REQUEST, uuid7
 from crosslogic.domain.keys import Action, redact, role_allows
-from crosslogic.domain.limits import LimitReached, Reserved
+from crosslogic.domain.limits import Hold, LimitReached, Refusal, Reserved
 from crosslogic.domain.regions import RegionPlan
 from crosslogic.domain.reservation import Holder
 from crosslogic.domain.tenancy import Principal
@@ -49,6 +50,43 @@ MOST_PLANS = 10_000
 ReadUsage = Callable[[Principal, Mapping[str, str]], Awaitable[dict[str, Any]]]
 
 _encode = msgspec.json.Encoder().encode
+
+
+class WrongMethod(Rejected):
+    """There is something at this path, for another method."""
+
+    def __init__(self, path: str, method: str) -> None:
+        super().__init__(f"Use {method} for {path}.", status=405, code="method_not_allowed")
+        self.allow = "GET, HEAD" if method == "GET" else method
+
+
+class _Arrived:
+    """A request before its call is read. `at` is on the loop's clock."""
+
+    __slots__ = (
+        "at",
+        "client_request_id",
+        "content_length",
+        "exchange",
+        "id",
+        "marks",
+        "principal",
+        "region",
+        "shown_id",
+        "trace",
+    )
+
+    def __init__(self, exchange: Exchange, id: UUID, at: float) -> None:
+        self.exchange = exchange
+        self.id = id
+        self.shown_id = REQUEST.show(id)
+        self.at = at
+        self.region = b""
+        self.client_request_id = b""
+        self.content_length = -1
+        self.principal: Principal | None = None
+        self.trace: Trace | None = None
+        self.marks: Marks | None = None
 
 
 class Inference:
@@ -83,6 +121,7 @@ class Inference:
         self._reserved: dict[Holder, Reserved] = {}
         self._loop = asyncio.get_running_loop()
         self._catalog: Catalog | None = None
+        relay.on_error = self._fail
 
     @property
     def catalog(self) -> Catalog:
@@ -101,89 +140,80 @@ class Inference:
         }
         self._relay.take_catalog(catalog)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        """Answer one HTTP request whose path starts with `/v1/`. Raises nothing."""
-        started, started_at = time.monotonic(), self._loop.time()
-        request_id = uuid7(now_ms(), self._random_bits(80))
-        shown_id = REQUEST.show(request_id)
-        authorization = region = client_request_id = traceparent = tracestate = b""
-        length = -1
-        relayed: Relayed | None = None
+    def __call__(self, exchange: Exchange) -> None:
+        """Take one HTTP request whose path starts with `/v1/` as far as it goes at once. Raises nothing.
+
+        A request is in a task only while it has to wait for more than the limits' decision and one node's answer.
+        """
+        arrived = _Arrived(exchange, uuid7(now_ms(), self._random_bits(80)), self._loop.time())
+        authorization = traceparent = tracestate = b""
         try:
             for name, value in exchange.headers:
                 if name == b"authorization":
                     authorization = value
                 elif name == b"content-length":
-                    length = _content_length(value)
+                    arrived.content_length = _content_length(value)
                 elif name == b"x-crosslogic-region":
-                    region = value
+                    arrived.region = value
                 elif name == b"x-request-id":
-                    client_request_id = value
+                    arrived.client_request_id = value
                 elif name == b"traceparent":
                     traceparent = value
                 elif name == b"tracestate":
                     tracestate = value
-            trace = self._tracer.begin(traceparent, tracestate)
-            principal = await self._keys.authenticate(authorization)
-            # Where time went and why is for those who run this, not for tenants.
-            marks = Marks(started) if principal.is_operator else None
-            if marks is not None:
-                marks.authenticated = time.monotonic()
-            path = exchange.path
-            if path not in PATHS:
-                await self._look_up(path, exchange, principal, shown_id)
-                return
-            if exchange.method != b"POST":
-                raise Rejected(f"Use POST for {path}.", status=405, code="method_not_allowed")
-            if not role_allows(principal.role, Action.INFER):
-                raise Rejected(
-                    f"A {principal.role} key may not run models; use a developer key.",
-                    status=403,
-                    code="role_not_allowed",
-                )
-            raw = await self._read_body(exchange, length)
-            call = read_call(path, raw, exchange.query, region.decode("latin-1"))
-            model = self._resolve(call, principal)
-            relayed = await self._admit(
-                exchange, request_id, shown_id, call, model, principal, client_request_id, started_at
-            )
-            relayed.trace, relayed.marks = trace, marks
-            if marks is not None:
-                marks.limited = time.monotonic()
-            await self._relay.run(relayed)
+            arrived.trace = self._tracer.begin(traceparent, tracestate)
+            principal = self._keys.known(authorization)
+            if principal is None or exchange.more_body or exchange.path not in PATHS:
+                exchange.spawn(self._wait(arrived, authorization))
+            else:
+                self._check(exchange, self._identify(arrived, principal))
+                self._place(arrived, principal, exchange.body)
+        except Exception as error:
+            self._refuse(arrived, error)
+
+    async def _wait(self, arrived: _Arrived, authorization: bytes) -> None:
+        """What needs Postgres, or the rest of the body."""
+        exchange = arrived.exchange
+        try:
+            principal = self._identify(arrived, await self._keys.authenticate(authorization))
+            if exchange.path not in PATHS:
+                await self._look_up(arrived, principal)
+            else:
+                self._check(exchange, principal)
+                self._place(arrived, principal, await self._read_body(exchange, arrived.content_length))
         except ConnectionError:
             # The client hung up before its request was complete: there is nobody to answer.
-            pass
-        except CrossLogicError as error:
-            if relayed is None:
-                self._observer.refused(getattr(error, "code", "internal"))
-            if isinstance(error, LimitReached):
-                self._observer.hold_refused(error.layer, error.limit)
-            self._send_error(error, shown_id, relayed, exchange)
+            exchange.abort()
         except Exception as error:
-            log.exception("request %s failed by our own fault", shown_id)
-            if relayed is None or not relayed.has_begun:
-                self._send_error(error, shown_id, relayed, exchange)
-        finally:
-            if not exchange.response_complete:
-                # A broken connection is the one honest end of an answer that cannot be completed.
-                exchange.abort()
+            self._refuse(arrived, error)
+        except BaseException:
+            exchange.abort()
+            raise
 
-    async def _admit(
-        self,
-        exchange: Exchange,
-        request_id: UUID,
-        shown_id: str,
-        call: Call,
-        model: Model,
-        principal: Principal,
-        client_request_id: bytes,
-        started_at: float,
-    ) -> Relayed:
-        """Place the hold, then write the intent: from here on the request leaves exactly one usage record."""
-        catalog = self.catalog
+    def _identify(self, arrived: _Arrived, principal: Principal) -> Principal:
+        arrived.principal = principal
+        # Where time went and why is for those who run this, not for tenants.
+        if principal.is_operator:
+            arrived.marks = Marks(arrived.at)
+            arrived.marks.authenticated = time.monotonic()
+        return principal
+
+    def _check(self, exchange: Exchange, principal: Principal) -> None:
+        """May it run a model at all?"""
+        if exchange.method != b"POST":
+            raise WrongMethod(exchange.path, "POST")
+        if not role_allows(principal.role, Action.INFER):
+            raise Rejected(
+                f"A {principal.role} key may not run models; use a developer key.", status=403, code="role_not_allowed"
+            )
+
+    def _place(self, arrived: _Arrived, principal: Principal, raw: bytes) -> None:
+        """Read the call and ask the limits; their decision calls back. Raises Rejected."""
+        exchange = arrived.exchange
+        call = read_call(exchange.path, raw, exchange.query, arrived.region.decode("latin-1"))
+        model = self._resolve(call, principal)
         plan = self._plan(call.region, principal.region_preferences)
-        multiplier_bp = catalog.regions.regions[plan.home].multiplier_bp
+        multiplier_bp = self.catalog.regions.regions[plan.home].multiplier_bp
         output_price = model.output_price_e10 or 0
         tokens = call.held_tokens(model)
         spend = list_price_microdollars(
@@ -194,11 +224,8 @@ class Inference:
             multiplier_bp,
         )
         intent = Intent(
-            id=request_id,
-            # Postgres has no place for NUL in text.
-            client_request_id=redact(
-                client_request_id[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1")
-            ),
+            id=arrived.id,
+            client_request_id=_shown_client_id(arrived.client_request_id),
             org_id=principal.org_id,
             environment_id=principal.environment_id,
             key_id=principal.key_id,
@@ -211,29 +238,49 @@ class Inference:
             output_price_e10=output_price,
             multiplier_bp=multiplier_bp,
         )
-        holder = (principal.org_id, model.name, plan.home)
-        reserved = self._reserved.get(holder) if self._reserved else None
-        hold = await self._limits.place(shown_id, principal, tokens, spend, reserved)
-        self._observer.hold_placed()
-        if reserved is not None and not hold.is_reserved and not catalog.reservations[holder].overage:
+        shown_id = arrived.shown_id
+        relayed = Relayed(exchange, principal, arrived.id, shown_id, call, model, plan, intent, self._loop, arrived.at)
+        relayed.trace, relayed.marks = arrived.trace, arrived.marks
+        reserved = self._reserved.get((principal.org_id, model.name, plan.home)) if self._reserved else None
+        self._limits.ask(shown_id, principal, tokens, spend, reserved, partial(self._decided, relayed))
+
+    def _decided(self, relayed: Relayed, decision: Hold | Refusal | InvariantViolated) -> None:
+        """The limits have decided: write the intent; from here on the request leaves exactly one usage record."""
+        try:
+            hold = self._limits.granted(relayed.principal, decision)
+            self._observer.hold_placed()
+            reserved = hold.reservation
+            if reserved is not None:
+                if hold.is_reserved:
+                    relayed.intent.reservation_id = reserved.id
+                else:
+                    self._check_overage(relayed, hold)
+            try:
+                self._usage_log.intend(relayed.intent)
+            except BaseException:
+                self._limits.release(hold)
+                raise
+            relayed.hold = hold
+            relayed.is_admitted = True
+            if relayed.marks is not None:
+                relayed.marks.limited = time.monotonic()
+            self._relay.begin(relayed)
+        except Exception as error:
+            self._fail(relayed, error)
+
+    def _check_overage(self, relayed: Relayed, hold: Hold) -> None:
+        """It found no room in its reservation: may it run besides?"""
+        home = relayed.plan.home
+        held = self.catalog.reservations.get((relayed.principal.org_id, relayed.model.name, home))
+        if held is not None and not held.overage:
             self._limits.release(hold)
             raise Rejected(
-                f"The reservation for {model.name} in {plan.home} is used up for this minute and allows no overage; "
+                f"The reservation for {relayed.model.name} in {home} is used up for this minute and allows no overage; "
                 "try again shortly.",
                 status=429,
                 code="reservation_exhausted",
                 retry_after_s=RESERVATION_WAIT_S,
             )
-        if reserved is not None and hold.is_reserved:
-            intent.reservation_id = reserved.id
-        try:
-            self._usage_log.intend(intent)
-        except BaseException:
-            self._limits.release(hold)
-            raise
-        return Relayed(
-            exchange, principal, request_id, shown_id, call, model, plan, hold, intent, self._loop, started_at
-        )
 
     def _plan(self, region: str, preferences: tuple[str, ...]) -> RegionPlan:
         plan = self._plans.get((region, preferences))
@@ -282,10 +329,12 @@ class Inference:
 
     # Look-ups
 
-    async def _look_up(self, path: str, exchange: Exchange, principal: Principal, shown_id: str) -> None:
+    async def _look_up(self, arrived: _Arrived, principal: Principal) -> None:
+        exchange = arrived.exchange
+        path = exchange.path
         if path == "/v1/models" or path.startswith("/v1/models/") or path == "/v1/usage":
             if exchange.method not in (b"GET", b"HEAD"):
-                raise Rejected(f"Use GET for {path}.", status=405, code="method_not_allowed")
+                raise WrongMethod(path, "GET")
         else:
             raise Rejected(f"There is nothing at {path[:200]}. See GET /openapi.json.", status=404, code="not_found")
         if path == "/v1/usage":
@@ -309,8 +358,7 @@ class Inference:
                     param="model",
                 )
             answer = self._card(model, name)
-        head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
-        exchange.respond(200, head, _encode(answer))
+        exchange.respond(200, self._head(arrived.shown_id, principal), _encode(answer))
 
     def _visible(self, principal: Principal) -> list[Model]:
         allowed = principal.allowed_models
@@ -338,16 +386,49 @@ class Inference:
             "metadata": dict(model.metadata),
         }
 
-    def _send_error(self, error: Exception, shown_id: str, relayed: Relayed | None, exchange: Exchange) -> None:
-        status, body, more = error_body(error, shown_id)
-        if relayed is None:
-            head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
-        else:
+    # Errors
+
+    def _refuse(self, arrived: _Arrived, error: Exception) -> None:
+        """Answer what was never admitted, and leaves no usage record."""
+        if not isinstance(error, CrossLogicError):
+            log.error("request %s failed by our own fault", arrived.shown_id, exc_info=error)
+        self._observer.refused(getattr(error, "code", "internal"))
+        self._send_error(error, arrived.exchange, arrived.shown_id, self._head(arrived.shown_id, arrived.principal))
+
+    def _fail(self, relayed: Relayed, error: Exception) -> None:
+        """Answer what came as far as the limits, unless its answer has begun."""
+        if not isinstance(error, CrossLogicError):
+            log.error("request %s failed by our own fault", relayed.shown_id, exc_info=error)
+        if relayed.is_admitted:
             head = relayed.head(b"application/json")
-        if isinstance(error, LimitReached):
-            head += error.standing.lines()
+        else:
+            self._observer.refused(getattr(error, "code", "internal"))
+            if isinstance(error, LimitReached):
+                self._observer.hold_refused(error.layer, error.limit)
+                head = self._head(relayed.shown_id, None) + error.standing.lines()
+            else:
+                head = self._head(relayed.shown_id, relayed.principal)
+        if not relayed.has_begun:
+            self._send_error(error, relayed.exchange, relayed.shown_id, head)
+
+    def _head(self, shown_id: str, principal: Principal | None) -> bytes:
+        head = b"content-type: application/json\r\nx-request-id: %b\r\n" % shown_id.encode()
+        return head if principal is None else head + self._limits.standing_of(principal).lines()
+
+    def _send_error(self, error: Exception, exchange: Exchange, shown_id: str, head: bytes) -> None:
+        status, body, more = error_body(error, shown_id)
+        if isinstance(error, WrongMethod):
+            more = {**more, "allow": error.allow}
         head += b"".join([f"{name}: {value}\r\n".encode() for name, value in more.items()])
         exchange.respond(status, head, _encode(body))
+
+
+def _shown_client_id(given: bytes) -> str:
+    """A client's own id of its request, as it is kept."""
+    if not given:
+        return ""
+    # Postgres has no place for NUL in text.
+    return redact(given[:LONGEST_CLIENT_REQUEST_ID].replace(b"\0", b"").decode("latin-1"))
 
 
 def _content_length(value: bytes) -> int:

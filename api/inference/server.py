@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
@@ -38,7 +38,8 @@ UNASKED_BODY_BYTES = 64 * 1024
 # More than any sane client sends; the parser itself knows no bound.
 LONGEST_HEADERS_BYTES = 64 * 1024
 
-Handle = Callable[["Exchange"], Awaitable[None]]
+# Takes a request as far as it goes at once, and sees to the rest. Must not raise.
+Handle = Callable[["Exchange"], None]
 
 _CLOSE = b"connection: close\r\n"
 _CHUNKED = b"transfer-encoding: chunked\r\n"
@@ -127,8 +128,7 @@ class Exchange:
             if self._body_bytes > most_bytes:
                 raise BodyTooLarge
             if not self.more_body:
-                body = self._body
-                return body[0] if len(body) == 1 else b"".join(body)
+                return self.body
             if self.disconnected:
                 raise ConnectionError("the client hung up before its request was complete")
             if self.is_expecting:
@@ -137,6 +137,12 @@ class Exchange:
             self._protocol.flow.resume_reading()
             self._waiter = self._protocol.loop.create_future()
             await self._waiter
+
+    @property
+    def body(self) -> bytes:
+        """The body as far as it has come."""
+        body = self._body
+        return body[0] if len(body) == 1 else b"".join(body)
 
     def take_body(self, data: bytes) -> None:
         """Called by the protocol with a piece of the body."""
@@ -227,6 +233,13 @@ class Exchange:
         self._protocol.transport.write(data)
         self._complete()
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Go on with this request in a task, which a shutdown waits for and at the end of its patience cancels."""
+        protocol = self._protocol
+        task = protocol.loop.create_task(work)
+        protocol.tasks.add(task)
+        task.add_done_callback(protocol.tasks.discard)
+
     def abort(self) -> None:
         """Break the connection: the answer cannot be completed."""
         self.keep_alive = False
@@ -267,7 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._is_draining = False
         # When the last answer ended or the next request began, and how long the connection may be idle from then on.
         self._idle_since = 0.0
-        self._idle_s: float = self.timeout_keep_alive
+        self._idle_s = float(self.timeout_keep_alive)
         self._idle_timer: asyncio.TimerHandle | None = None
         self._read_away_until = 0.0
         self._defaults: list[tuple[bytes, bytes]] | None = None
@@ -375,7 +388,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         """Called by the parser."""
-        self.url += url
+        self.url = self.url + url
         self._header_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -457,9 +470,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._running = exchange
-        task = self.loop.create_task(self._owner.inference(exchange))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self._owner.inference(exchange)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Start what was parsed: uvicorn's own cycles, or an exchange that waited for its turn."""

@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
         "_loop",
         "_most_at",
         "_most_bytes",
+        "_on_end",
         "_parser",
         "_received",
         "_sink",
@@ -101,6 +102,7 @@ class Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._sink: Sink | None = None
+        self._on_end: Callable[[], None] | None = None
         self._chunks: list[bytes] = []
         self._received = 0
         self._is_complete = False
@@ -224,7 +226,7 @@ class Connection(asyncio.Protocol):
     async def read_all(self, first_at: float, deadline_at: float, most_bytes: int) -> bytes:
         """The whole body, which must begin by `first_at`. Raises as `read` does; GARBAGE beyond `most_bytes`."""
         self._wants_all = True
-        self._most_bytes = most_bytes
+        self._most_bytes = float(most_bytes)
         while not self._is_complete:
             if self._error is not None:
                 raise self._error
@@ -232,6 +234,24 @@ class Connection(asyncio.Protocol):
                 await self._wait(deadline_at, FailureKind.TOTAL)
             else:
                 await self._wait(first_at, FailureKind.SILENT)
+        if self._error is not None:
+            raise self._error
+        return self._take()
+
+    def expect_all(self, deadline_at: float, most_bytes: int, on_end: Callable[[], None]) -> None:
+        """Have `on_end` called once, when the whole body is there for `take_all` or the exchange has failed.
+
+        It fails as SILENT at the deadline and as GARBAGE beyond `most_bytes`. `on_end` must not raise.
+        """
+        self._wants_all = True
+        self._most_bytes = float(most_bytes)
+        self._on_end = on_end
+        self._set_deadline(deadline_at, FailureKind.SILENT)
+        if self._is_complete or self._error is not None:
+            self._wake()
+
+    def take_all(self) -> bytes:
+        """The whole body. Raises what the exchange failed with."""
         if self._error is not None:
             raise self._error
         return self._take()
@@ -346,7 +366,12 @@ class Connection(asyncio.Protocol):
         self.fail(NodeFailure(late, "deadline", is_fresh=True))
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        on_end = self._on_end
+        if on_end is not None:
+            self._on_end = None
+            self._deadline_at = inf
+            on_end()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 

@@ -99,6 +99,9 @@ async def no_sums(now_ms: int, before_ms: int, without: Sequence[str]) -> Iterab
     return ()
 
 
+# Takes the decision on a hold, or the error that stands in its place.
+OnDecided = Callable[[Hold | Refusal | InvariantViolated], None]
+
 # An ending: when, the hold's id, when it was placed, its subjects, tokens, spend, and its reservation if it was
 # reserved. Many are kept, so it is a tuple, which costs the garbage collector least.
 _End = tuple[int, str, int, Sequence[Limited], int, int, Reserved | None]
@@ -136,7 +139,7 @@ class LimitBook:
         self.parted.set()
         # This turn's steps, and who waits for the placings among them.
         self._steps: list[Sequence[Any]] = []
-        self._asked: list[tuple[asyncio.Future[Hold | Refusal], Hold]] = []
+        self._asked: list[tuple[OnDecided, Hold]] = []
         self._now_ms = 0
         self._month = Month.at(0)
         self._prepared: dict[int, tuple[Sequence[Limited], Sequence[Limited], msgspec.Raw]] = {}
@@ -179,25 +182,9 @@ class LimitBook:
         A hold lives as long as its process shows life. Layers without any limit cost nothing. Pass a principal's
         `subjects` as one object that never changes: its form on the wire is kept.
         """
-        known = self._prepared.get(id(subjects))
-        if known is None or known[0] is not subjects:
-            known = self._prepare(subjects)
-        limited, wire = known[1], known[2]
-        tokens = 1 if tokens < 1 else tokens if tokens < _MOST else _MOST
-        spend = 1 if spend_microdollars < 1 else spend_microdollars if spend_microdollars < _MOST else _MOST
-        hold = Hold(hold_id, limited, tokens, spend, now_ms, reservation)
-        if not limited and reservation is None:
-            return hold
-        if self._is_alone:
-            return self._place_alone(hold)
-        if reservation is None:
-            step = (_PLACE, hold_id, tokens, spend, wire, False, 0)
-        else:
-            step = (_PLACE, hold_id, tokens, spend, wire, reservation.name, min(reservation.tokens_per_min, _MOST))
         future: asyncio.Future[Hold | Refusal] = self._loop.create_future()
-        self._now_ms = now_ms
-        self._add_step(step)
-        self._asked.append((future, hold))
+        on_decided = partial(self._tell, future)
+        self.ask(hold_id, subjects, tokens, spend_microdollars, now_ms, reservation, on_decided)
         try:
             return await future
         except asyncio.CancelledError:
@@ -206,6 +193,48 @@ class LimitBook:
                 self._alone.release(hold_id)
             self._add_step((_RELEASE, hold_id))
             raise
+
+    def _tell(self, future: asyncio.Future[Hold | Refusal], decision: Hold | Refusal | InvariantViolated) -> None:
+        if future.done():
+            # Whoever waited has gone.
+            if isinstance(decision, Hold):
+                self.release(decision.id)
+        elif isinstance(decision, InvariantViolated):
+            future.set_exception(decision)
+        else:
+            future.set_result(decision)
+
+    def ask(
+        self,
+        hold_id: str,
+        subjects: Sequence[Limited],
+        tokens: int,
+        spend_microdollars: int,
+        now_ms: int,
+        reservation: Reserved | None,
+        on_decided: OnDecided,
+    ) -> None:
+        """Place a hold and have `on_decided` called with the decision, perhaps at once. It must not raise."""
+        known = self._prepared.get(id(subjects))
+        if known is None or known[0] is not subjects:
+            known = self._prepare(subjects)
+        limited, wire = known[1], known[2]
+        tokens = 1 if tokens < 1 else tokens if tokens < _MOST else _MOST
+        spend = 1 if spend_microdollars < 1 else spend_microdollars if spend_microdollars < _MOST else _MOST
+        hold = Hold(hold_id, limited, tokens, spend, now_ms, reservation)
+        if not limited and reservation is None:
+            on_decided(hold)
+            return
+        if self._is_alone:
+            on_decided(self._place_alone(hold))
+            return
+        if reservation is None:
+            step: Sequence[Any] = (_PLACE, hold_id, tokens, spend, wire, False, 0)
+        else:
+            step = (_PLACE, hold_id, tokens, spend, wire, reservation.name, min(reservation.tokens_per_min, _MOST))
+        self._now_ms = now_ms
+        self._add_step(step)
+        self._asked.append((on_decided, hold))
 
     def settle(self, hold_id: str, tokens: int, spend_microdollars: int, now_ms: int) -> None:
         """End a hold: its tokens and spend become what was really used, in the minute, day and month it was placed in.
@@ -477,23 +506,23 @@ class LimitBook:
         self,
         packed: bytes,
         steps: Sequence[Sequence[Any]],
-        asked: Sequence[tuple[asyncio.Future[Hold | Refusal], Hold]],
+        asked: Sequence[tuple[OnDecided, Hold]],
         now_ms: int,
         reply: Any,
     ) -> None:
         """Take the reply to one call, or the exception in its place."""
         if type(reply) is list and reply[0] == 1:
-            _, answers, looked_at = cast("tuple[int, list[list[int]], list[bytes]]", reply)
+            parts = cast("list[Any]", reply)
+            answers: list[list[int]] = parts[1]
+            looked_at: list[bytes] = parts[2]
             pairs = iter(looked_at)
             self._seen.update(zip(pairs, pairs, strict=True))
-            for (future, hold), answer in zip(asked, answers, strict=True):
-                if future.done():
-                    continue  # Whoever waited has gone, and its release is on its way.
+            for (on_decided, hold), answer in zip(asked, answers, strict=True):
                 if answer[0]:
                     hold.at_ms = now_ms
-                    future.set_result(self._placed(hold, answer))
+                    on_decided(self._placed(hold, answer))
                 else:
-                    future.set_result(_refused(hold, answer))
+                    on_decided(_refused(hold, answer))
         elif isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
             begun = pack_but_last("EVAL", _SCRIPT.source, 0, *self._who("run", self._generation or ""))
             try:
@@ -501,14 +530,15 @@ class LimitBook:
             except Unavailable as error:
                 self._lose(steps, asked, error)
         else:
-            error: Any = translated(reply) if isinstance(reply, hiredis.ReplyError) else cast(Any, reply)
-            if isinstance(error, InvariantViolated):
-                log.error("%d steps of limits were refused: %s", len(steps), error)
-                for future, _ in asked:
-                    if not future.done():
-                        future.set_exception(error)
+            trouble: Any = translated(reply) if isinstance(reply, hiredis.ReplyError) else cast(Any, reply)
+            if isinstance(trouble, InvariantViolated):
+                log.error("%d steps of limits were refused: %s", len(steps), trouble)
+                for on_decided, _ in asked:
+                    on_decided(trouble)
             else:
-                lost = error if isinstance(error, Unavailable) else Unavailable("Valkey no longer knows this process.")
+                lost = (
+                    trouble if isinstance(trouble, Unavailable) else Unavailable("Valkey no longer knows this process.")
+                )
                 self._lose(steps, asked, lost)
 
     def _placed(self, hold: Hold, answer: list[int]) -> Hold:
@@ -526,16 +556,15 @@ class LimitBook:
     def _lose(
         self,
         steps: Sequence[Sequence[Any]],
-        asked: Sequence[tuple[asyncio.Future[Hold | Refusal], Hold]],
+        asked: Sequence[tuple[OnDecided, Hold]],
         error: Unavailable,
     ) -> None:
         """Nobody knows whether these steps were made: owe them, take placings back, and decide those alone."""
         self._part(error)
         for step in steps:
             self._owed.append((_RELEASE, step[1]) if step[0] == _PLACE else step)
-        for future, hold in asked:
-            if not future.done():
-                future.set_result(self._place_alone(hold))
+        for on_decided, hold in asked:
+            on_decided(self._place_alone(hold))
 
     def _prepare(self, subjects: Sequence[Limited]) -> tuple[Sequence[Limited], Sequence[Limited], msgspec.Raw]:
         """The subjects, those that have limits, and those as limits.lua reads them; made once for a sequence."""

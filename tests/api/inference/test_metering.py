@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -110,6 +111,16 @@ def _die(log: UsageLog) -> Path:
     return log.directory
 
 
+def _fill(log: UsageLog) -> tuple[int, Unavailable]:
+    """How many intents still fit, and what is said then."""
+    for fitting in itertools.count():
+        try:
+            log.intend(_intent())
+        except Unavailable as error:
+            return fitting, error
+    raise AssertionError
+
+
 def _used(directory: Path) -> int:
     """Bytes of the segments that are in use."""
     return sum(len(path.read_bytes().rstrip(b"\0")) for path in _segments(directory))
@@ -189,12 +200,8 @@ class TestUsageLog:
             real(descriptor, offset, size)
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        taken = 0
-        with pytest.raises(Unavailable) as caught:
-            while True:
-                log.intend(_intent())
-                taken += 1
-        assert caught.value.code == "usage_log_failed"
+        taken, refusal = _fill(log)
+        assert refusal.code == "usage_log_failed"
         assert room - log.end[1] < 2 * log.end[1] / taken
         assert _segments(log.directory)[0].stat().st_size == log.end[1]
         monkeypatch.undo()
@@ -265,11 +272,7 @@ class TestUsageLog:
             raise OSError("no space left on device")
 
         monkeypatch.setattr(os, "posix_fallocate", full)
-        others = 0
-        with pytest.raises(Unavailable):
-            while True:
-                log.intend(_intent())
-                others += 1
+        others, _ = _fill(log)
         with pytest.raises(OSError, match="no space"):
             log.settle(_record(intents[0]))
         for intent in intents[:2]:

@@ -48,7 +48,10 @@ class App:
             await self.gate.wait()
         await send({"type": "http.response.body", "body": b"asgi"})
 
-    async def inference(self, exchange: Exchange) -> None:
+    def inference(self, exchange: Exchange) -> None:
+        exchange.spawn(self._answer(exchange))
+
+    async def _answer(self, exchange: Exchange) -> None:
         self.heard.append((exchange.path, dict(exchange.headers)))
         self.last = exchange
         try:
