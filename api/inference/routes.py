@@ -231,6 +231,8 @@ class Inference:
         except BaseException:
             self._limits.release(hold)
             raise
+        # Priced by its home region, wherever it runs: on nodes of the org's own too.
+        plan = self._table.own_plan(principal.org_id, model.name, plan)
         return Relayed(
             exchange, principal, request_id, shown_id, call, model, plan, hold, intent, self._loop, started_at
         )
