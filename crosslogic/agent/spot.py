@@ -21,6 +21,7 @@ MOST_BYTES = 100_000
 # GCP answers a waiting question after so long even if nothing changed.
 GCP_WAIT_S = 30
 AWS_TOKEN_S = 21_600
+LONGEST_NOTICE_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -200,4 +201,5 @@ def _rfc1123(text: Any) -> float | None:
 
 
 def _left(at: float | None) -> float | None:
-    return None if at is None else max(0.0, at - time.time())
+    # A machine's clock may be off by years.
+    return None if at is None else min(LONGEST_NOTICE_S, max(0.0, at - time.time()))

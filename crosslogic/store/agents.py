@@ -344,4 +344,5 @@ def _columns(node_id: UUID, certificate: IssuedCertificate) -> tuple[object, ...
 def _agent(row: asyncpg.Record) -> Agent:
     fields: dict[str, Any] = dict(row)
     state: str | None = fields["node_state"]
-    return Agent(**(fields | {"node_state": None if state is None else NodeState(state)}))
+    fields["node_state"] = None if state is None else NodeState(state)
+    return Agent(**fields)
