@@ -17,6 +17,7 @@ from api.admin.context import ACTOR, Admin, AdminRoute
 from api.admin.nodes import ModelName, NodePath, RegionName
 from api.admin.schemas import After, Body, Limit, Page, after_uuid, page
 from api.admin.tenancy import find_org
+from crosslogic.agent.build import build
 from crosslogic.domain import ids
 from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
@@ -44,6 +45,7 @@ class InvitedOut(BaseModel):
     node_id: str = Field(examples=["node_01k5…"])
     join_token: str = Field(description="Shown once. The first key that registers with it has used it.")
     expires_at: datetime
+    agent_sha256: str = Field(description="Fingerprint of `/agent/crosslogic-agent.pyz`.")
     ca_sha256: str = Field(description="Fingerprint of the API's own authority; empty: a public one.")
 
 
@@ -84,6 +86,7 @@ async def invite_node(body: InviteIn, admin: Admin) -> InvitedOut:
         node_id=ids.NODE.show(node_id),
         join_token=token,
         expires_at=expires_at,
+        agent_sha256=hashlib.sha256(build()).hexdigest(),
         ca_sha256=_fingerprint(admin.settings),
     )
 

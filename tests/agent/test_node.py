@@ -226,12 +226,15 @@ class TestNode:
         row = await fleet.nodes.get(NODE.parse(node.id))
         assert "aws: terminate" in row.reason
         handle = fleet.client.get_workflow_handle(names.node_workflow_id(node.id))
-        signals = [
-            event.workflow_execution_signaled_event_attributes.signal_name
-            async for event in handle.fetch_history_events()
-            if event.HasField("workflow_execution_signaled_event_attributes")
-        ]
-        assert names.SPOT_NOTICE in signals
+
+        async def told() -> bool:
+            return names.SPOT_NOTICE in [
+                event.workflow_execution_signaled_event_attributes.signal_name
+                async for event in handle.fetch_history_events()
+                if event.HasField("workflow_execution_signaled_event_attributes")
+            ]
+
+        await until("the node's workflow is told", told, node.api.log)
         assert (await until("the board has the notice", node.beat)).notice == "aws: terminate"
 
 

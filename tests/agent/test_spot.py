@@ -8,7 +8,7 @@ from email.utils import formatdate
 
 import pytest
 
-from crosslogic.agent.spot import Aws, Away, Azure, Gcp, Notice, Watcher
+from crosslogic.agent.spot import Away, Aws, Azure, Gcp, Notice, Watcher
 from tests.agent.metadata import Metadata
 
 
