@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -179,6 +179,12 @@ router = APIRouter(
     },
 )
 
+# Errors are JSON at these paths too.
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+}
+
 Pem = Annotated[str, Field(min_length=1, max_length=4_000)]
 
 
@@ -239,31 +245,31 @@ class OrdersOut(BaseModel):
     bundle_id: str = Field(default="", description="Of the authorities that are trusted now; another one: read them.")
 
 
-@router.get("/crosslogic-agent.pyz", response_class=Response)
+@router.get("/crosslogic-agent.pyz", response_class=Response, responses=_FILE)
 async def read_agent(agents: Agents) -> Response:
     """The agent: one file that any Python from 3.9 on runs."""
     return Response(agents.zipapp, media_type="application/octet-stream", headers={"etag": f'"{agents.zipapp_sha256}"'})
 
 
-@router.get("/crosslogic-agent.pyz.sha256", response_class=PlainTextResponse)
-async def read_agent_sha256(agents: Agents) -> str:
+@router.get("/crosslogic-agent.pyz.sha256", response_class=Response, responses=_TEXT)
+async def read_agent_sha256(agents: Agents) -> PlainTextResponse:
     """Its SHA-256, as `sha256sum -c` reads it."""
-    return f"{agents.zipapp_sha256}  {build.NAME}\n"
+    return PlainTextResponse(f"{agents.zipapp_sha256}  {build.NAME}\n")
 
 
-@router.get("/ca.pem", response_class=PlainTextResponse)
-async def read_bundle(agents: Agents) -> str:
+@router.get("/ca.pem", response_class=Response, responses=_TEXT)
+async def read_bundle(agents: Agents) -> PlainTextResponse:
     """The authorities whose certificates nodes and control plane believe."""
-    return await agents.trust.bundle()
+    return PlainTextResponse(await agents.trust.bundle())
 
 
-@router.get("/control-ca.pem", response_class=PlainTextResponse)
-async def read_control_authority(agents: Agents) -> str:
+@router.get("/control-ca.pem", response_class=Response, responses=_TEXT)
+async def read_control_authority(agents: Agents) -> PlainTextResponse:
     """The authority of the API's own certificate, where it is no public one. Agents take it by its fingerprint only."""
     path = agents.admin.settings.api_ca_file
     if path is None:
         raise Rejected("The API's certificate is a public one.", status=404, code="no_private_authority")
-    return await asyncio.to_thread(path.read_text)
+    return PlainTextResponse(await asyncio.to_thread(path.read_text))
 
 
 @router.post("/register")
@@ -377,23 +383,26 @@ def read_heartbeat(body: Any, node_id: str, received_at: float) -> Heartbeat:
     """A heartbeat from what a node sent. Raises Rejected for a field of the wrong type; nodes are not trusted."""
     if not isinstance(body, dict):
         raise Rejected("A heartbeat is a JSON object.", code="invalid_heartbeat")
-    found: dict[str, Any] = {}
+    given, found = cast("dict[str, Any]", body), dict[str, Any]()
     for name, kind in _HEARTBEAT_TYPES.items():
-        value: Any = body.get(name)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        value = given.get(name)
         if name in ("node_id", "received_at") or value is None:
             continue
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if kind.startswith("bool"):
-            is_right = isinstance(value, bool)
-        elif kind.startswith("str"):
-            is_right = isinstance(value, str) and len(value) <= 100 and value.isprintable()
-        else:
-            is_right = is_number and 0 <= value < 2**53 and (not kind.startswith("int") or value == int(value))
-        if not is_right:
+        if not _is_right(kind, value):
             raise Rejected(f"{name}: not what a heartbeat has there.", code="invalid_heartbeat", param=name)
         found[name] = int(value) if kind.startswith("int") else value
     found.setdefault("is_engine_up", False)
     return Heartbeat(node_id=node_id, received_at=received_at, **found)
+
+
+def _is_right(kind: str, value: object) -> bool:
+    if kind.startswith("bool"):
+        return isinstance(value, bool)
+    if kind.startswith("str"):
+        return isinstance(value, str) and len(value) <= 100 and value.isprintable()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        return False
+    return not kind.startswith("int") or value == int(value)
 
 
 async def _admit_launched(agents: AgentContext, uuid: UUID, token: str) -> None:
