@@ -182,7 +182,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     try:
         with contextlib.suppress(TimeoutError):
             # Connections are taken from then on, perhaps from a socket that others share who know everything.
-            await within(settings.start_patience_s, feeds.ready.wait())
+            await within(settings.start_patience_s, asyncio.gather(feeds.ready.wait(), trust.ready.wait()))
         with _ending_with_its_supervisor():
             yield
     finally:

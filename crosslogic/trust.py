@@ -53,6 +53,8 @@ class Trust:
         self._loaded: set[int] = set()
         self._renew_at: datetime | None = None
         self._are_agents: set[UUID] = set()
+        # Set once nodes can be reached: a connection before that would count as the node's failure.
+        self.ready = asyncio.Event()
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
 
@@ -146,6 +148,7 @@ class Trust:
             made = authority.issue_client(by, self._secret, self._name, now)
             _load(self.context, made.pem)
             self._renew_at = renew_at(made.issued_at, made.expires_at)
+            self.ready.set()
 
 
 def _load(context: ssl.SSLContext, pem: str) -> None:
