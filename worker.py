@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from temporalio.client import Client
 from temporalio.worker import Interceptor, Worker
 
+from activities.authority import AuthorityActivities
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
 from activities.manners import Manners
@@ -28,15 +29,20 @@ from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.contracts import names
+from crosslogic.contracts.authority import CertificateRotationInput
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
+from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.telemetry import configure_logging
+from crosslogic.trust import Trust
+from workflows.certificate_rotation import CertificateRotation
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
 from workflows.node_lifecycle import NodeLifecycle
@@ -46,7 +52,17 @@ log = logging.getLogger("crosslogic.worker")
 
 T = TypeVar("T")
 
-WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling)
+WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling, CertificateRotation)
+
+SCHEDULES = (
+    temporal.Standing(
+        "certificate-rotation",
+        names.CERTIFICATE_ROTATION,
+        CertificateRotationInput(),
+        timedelta(days=1),
+        "Authorities get successors in time; agents that have not renewed their certificates are told to.",
+    ),
+)
 
 # After SIGTERM: activities finish or are given back, then the process ends, whatever hangs.
 GRACEFUL_SHUTDOWN = timedelta(seconds=2)
@@ -66,12 +82,15 @@ class Fleet:
     catalog: CatalogStore
     activities: list[Callable[..., Any]]
     close: Callable[[], Awaitable[None]]
+    trust: Trust
 
 
 def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
     """Put activities together from their clients."""
-    secret = settings.node_secret
-    engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
+    secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
+    agents = AgentStore(pool)
+    trust = Trust(agents, secret, "worker.crosslogic.internal", lambda: datetime.now(UTC))
+    engine = EngineClient(secret, settings.probe_timeout_s, trust=trust, guard=settings.refuse_address)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
     writer = NodeActivities(
         nodes,
@@ -92,8 +111,10 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         cloud_interval_s=settings.cloud_interval_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
-    held = (writer, machines, probes, deployments)
-    return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
+    authority = AuthorityActivities(trust, agents)
+    held = (writer, machines, probes, deployments, authority)
+    activities = [method for one in held for method in activities_of(one)]
+    return Fleet(nodes, catalog, activities, engine.close, trust)
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:
@@ -142,10 +163,12 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         clouds["local"] = local = LocalCloud.of(settings)
     fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
+    trusting = asyncio.create_task(fleet.trust.keep_fresh())
     try:
         await _work(client, settings, fleet, stop)
     finally:
         keeping.cancel()
+        trusting.cancel()
         with contextlib.suppress(Exception):
             await fleet.close()
             if local is not None:
@@ -186,11 +209,12 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
 
 
 async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_s: float = KEEP_INTERVAL_S) -> None:
-    """See to it, again and again, that every region, deployment and node has its workflow."""
+    """See to it, again and again, that every region, deployment and node has its workflow, and every schedule is."""
     entities = Entities(client, task_queue)
     while True:
         try:
             await keep_entities_once(entities, fleet)
+            await temporal.ensure_schedules(client, SCHEDULES, task_queue)
         except Exception as error:
             # A server is away, or one of them speaks nonsense: the next round tries again either way.
             log.warning("the fleet's workflows cannot be looked after now: %s", error)

@@ -21,9 +21,10 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from api import admin, error_handlers, scraping
+from api import admin, agents, error_handlers, scraping
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
+from api.agents import AgentContext
 from api.feeds import Feeds
 from api.inference import metering, openapi
 from api.inference.admission import Admission
@@ -44,6 +45,7 @@ from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
 from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
+from crosslogic.hot.heartbeats import HeartbeatBoard
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.hot.routes import RouteBoard
@@ -51,12 +53,14 @@ from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
 from crosslogic.settings import settings as read_settings
 from crosslogic.store import database
+from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
 from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
+from crosslogic.trust import Trust
 
 log = logging.getLogger("crosslogic.api")
 
@@ -78,7 +82,7 @@ def create_app(settings: Settings) -> CrossLogicAPI:
     app = CrossLogicAPI(
         title="CrossLogic Inference Cloud",
         version="0.1.0",
-        description="OpenAI-compatible inference under /v1, administration under /admin.",
+        description="OpenAI-compatible inference under /v1, administration under /admin, node agents under /agent.",
         lifespan=partial(_lifespan, settings),
         # Their pages load scripts from elsewhere; the document itself is at /openapi.json.
         docs_url=None,
@@ -86,6 +90,7 @@ def create_app(settings: Settings) -> CrossLogicAPI:
     )
     error_handlers.install(app)
     app.include_router(admin.router)
+    app.include_router(agents.router)
     _add_operations(app, settings)
     return app
 
@@ -100,7 +105,10 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     sender = telemetry.SpanSender(settings.otlp_endpoint, "crosslogic-api") if settings.otlp_endpoint else None
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
     rules = Rules(settings.full_load_s, settings.slow_start_s, settings.ejected_share)
-    table = RouteTable(partial(node_credential, secret), _tls(), rules)
+    trust = Trust(AgentStore(pool), secret, "api.crosslogic.internal", _now)
+    table = RouteTable(
+        partial(node_credential, secret), _tls(), rules, agent_tls=trust.context, guard=settings.refuse_address
+    )
     book = LimitBook(pipeline, settings.redis_prefix, encode(new_id()), LimitSums(pool).read)
     limits = Limits(book, observer.would_refuse)
     deadlines = Deadlines(
@@ -133,17 +141,19 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         max_body_bytes=settings.max_body_bytes,
         tracer=tracer,
     )
+    board = RouteBoard(redis, settings.redis_prefix)
     feeds = Feeds(
         changes=ChangeStore(pool),
         catalog=CatalogStore(pool),
         nodes=NodeStore(pool),
-        board=RouteBoard(redis, settings.redis_prefix),
+        board=board,
         keys=keys,
         table=table,
         inference=inference,
     )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
+    app.state.agents = AgentContext(app.state.admin, trust, HeartbeatBoard(redis, settings.redis_prefix), board)
     app.state.observe = partial(_observe, observer, table, relay, admission, usage_log, book)
     door = await scraping.listen(settings, app.state.observe)
     app.state.is_ready = lambda: feeds.is_ready
@@ -159,6 +169,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         limits.keep_renewing(),
         relay.keep_progress(),
         table.keep_probing(),
+        trust.keep_fresh(),
         observer.keep_measuring(),
     ]
     tasks = [asyncio.create_task(coroutine, name=getattr(coroutine, "__qualname__", None)) for coroutine in background]
@@ -171,7 +182,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     try:
         with contextlib.suppress(TimeoutError):
             # Connections are taken from then on, perhaps from a socket that others share who know everything.
-            await within(settings.start_patience_s, feeds.ready.wait())
+            await within(settings.start_patience_s, asyncio.gather(feeds.ready.wait(), trust.ready.wait()))
         with _ending_with_its_supervisor():
             yield
     finally:

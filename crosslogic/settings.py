@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from crosslogic.domain.addresses import Network, read_networks, refusal
 from crosslogic.domain.credentials import DEV_ADMIN_TOKEN
+from crosslogic.domain.errors import Rejected
 
 
 class Settings(BaseSettings):
@@ -80,6 +82,18 @@ class Settings(BaseSettings):
     )
     node_secret: SecretStr | None = Field(
         default=None, description="Root secret from which every node's credential derives; at least 32 characters."
+    )
+
+    node_networks: str = Field(
+        default="",
+        max_length=2_000,
+        description="Private networks in which nodes may be, such as `10.0.0.0/8,192.168.0.0/16`. A node's name that "
+        "resolves to any other private address is not connected to.",
+    )
+    api_ca_file: Path | None = Field(
+        default=None,
+        description="CA (PEM) of the certificate by which nodes reach the API, where that is no public one: agents "
+        "pin it.",
     )
 
     cloud_provider: Literal["local", "skypilot"] = Field(
@@ -160,6 +174,17 @@ class Settings(BaseSettings):
         description="So many requests a second are traced beyond it because their clients' `traceparent` asks for it.",
     )
 
+    _networks: tuple[Network, ...] | None = PrivateAttr(default=None)
+
+    @field_validator("node_networks")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        try:
+            read_networks(text)
+        except Rejected as error:
+            raise ValueError(error.message) from error
+        return text
+
     @model_validator(mode="after")
     def _complete(self) -> Settings:
         if self.mode == "dev":
@@ -180,6 +205,12 @@ class Settings(BaseSettings):
     def is_dev(self) -> bool:
         """Dev mode: one developer's machine, well-known credentials allowed."""
         return self.mode == "dev"
+
+    def refuse_address(self, address: str) -> str | None:
+        """Why no connection to a node may go to this address, None if one may (H7)."""
+        if self._networks is None:
+            self._networks = read_networks(self.node_networks)
+        return refusal(address, self._networks, is_loopback_allowed=self.is_dev)
 
     @property
     def usage_log_dir(self) -> Path:

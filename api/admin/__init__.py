@@ -1,10 +1,10 @@
-"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, requests, audit and usage."""
+"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, agents, requests, audit, usage."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import audit, catalog, nodes, requests, reservations, tenancy, usage
+from api.admin import agents, audit, catalog, nodes, requests, reservations, tenancy, usage
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -22,6 +22,7 @@ router = APIRouter(
 router.include_router(tenancy.router, tags=["tenancy"])
 router.include_router(catalog.router, tags=["catalog"])
 router.include_router(reservations.router, tags=["reservations"])
+router.include_router(agents.router, tags=["nodes"])
 router.include_router(nodes.router, tags=["nodes"])
 router.include_router(usage.router, tags=["usage"])
 router.include_router(requests.router, tags=["usage"])

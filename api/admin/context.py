@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import asyncpg
 from fastapi import Depends, Request, Response
@@ -25,6 +25,8 @@ from crosslogic.store.usage import UsageStore
 
 if TYPE_CHECKING:
     from temporalio.client import Client
+
+T = TypeVar("T")
 
 # Who an audit row says it was. There is one service token, so the API cannot tell its holders apart.
 ACTOR = "admin-api"
@@ -95,14 +97,19 @@ class AdminRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             check_token(request.headers.get("authorization", ""), _context(request).settings)
-            try:
-                return await handle(request)
-            except asyncpg.DataError:
-                raise  # An InterfaceError too, but our own mistake.
-            except _DATABASE_AWAY as error:
-                raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
+            return await guard_database(handle(request))
 
         return guarded
+
+
+async def guard_database(work: Awaitable[T]) -> T:
+    """The work's result. Raises Unavailable when the database is away."""
+    try:
+        return await work
+    except asyncpg.DataError:
+        raise  # An InterfaceError too, but our own mistake.
+    except _DATABASE_AWAY as error:
+        raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
 
 
 def check_token(authorization: str, settings: Settings) -> None:

@@ -16,11 +16,14 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from random import getrandbits
 from typing import Any, Final
+from uuid import UUID
 
 from api.inference.upstream import FailureKind, Upstream
 from crosslogic.domain.affinity import PrefixMap, prefix_blocks
-from crosslogic.domain.ids import NODE
+from crosslogic.domain.certificates import server_name
+from crosslogic.domain.ids import NODE, ORG
 from crosslogic.domain.node import FINAL_STATES, ON_THE_WAY, RouteEntry
+from crosslogic.domain.regions import RegionPlan
 from crosslogic.domain.scheduling import (
     AFFINITY,
     BUSY_FACTOR,
@@ -72,6 +75,8 @@ MEDIAN_INTERVAL_S = 1.0
 # Block hashes a pool remembers for affinity: 16 MB or so, a thousand long conversations.
 MOST_PREFIXES = 65_536
 RANDOM_BITS = 32
+# Between a region's name and an org's id, in the names of pools that are one org's alone. No region's name has it.
+OWNED = "~"
 
 NOBODY: Final = ()
 
@@ -519,15 +524,22 @@ class RouteTable:
         tls: ssl.SSLContext | None,
         rules: Rules | None = None,
         clock: Callable[[], float] | None = None,
+        *,
+        agent_tls: ssl.SSLContext | None = None,
+        guard: Callable[[str], str | None] | None = None,
     ) -> None:
         self._credential_of = credential_of
         self._tls = tls
+        self._agent_tls = agent_tls
+        self._guard = guard
         self._rules = rules or Rules()
         self._now = clock or asyncio.get_running_loop().time
         self._nodes: dict[str, Node] = {}
         self._gone: dict[str, tuple[int, float]] = {}
         self._pools: dict[tuple[str, str], Pool] = {}
         self._strategies: Mapping[str, str] = {}
+        # Orgs that have nodes of their own, as their ids are shown.
+        self._owners: dict[UUID, str] = {}
         self._changed = asyncio.Event()
         self._callbacks: list[Callable[[], None]] = []
         self.is_loaded = False
@@ -570,19 +582,25 @@ class RouteTable:
         if entry.state in FINAL_STATES:
             self._forget(entry.node_id, entry.generation)
             return True
-        place = (entry.model, entry.region)
+        # An org's own nodes are a pool apart, which no other org's plan names (H6).
+        place = (entry.model, f"{entry.region}{OWNED}{entry.org}" if entry.org else entry.region)
         pool = self._pools.get(place)
         if pool is None:
-            pool = self._pools[place] = Pool(entry.model, entry.region, self._rules)
-        if node is None or node.pool is not pool or node.entry.endpoint != entry.endpoint:
+            pool = self._pools[place] = Pool(*place, self._rules)
+        if node is None or node.pool is not pool or not node.entry.is_same_door(entry):
             if node is not None:
                 node.is_gone = True
                 node.upstream.close()
-            upstream = Upstream(entry.endpoint, self._credential_of(entry.node_id), self._tls)
-            self._nodes[entry.node_id] = Node(entry, upstream, pool)
+            self._nodes[entry.node_id] = Node(entry, self._upstream_of(entry), pool)
         else:
             node.update(entry)
         return True
+
+    def _upstream_of(self, entry: RouteEntry) -> Upstream:
+        credential = self._credential_of(entry.node_id)
+        if entry.has_agent:
+            return Upstream(entry.endpoint, credential, self._agent_tls, server_name(entry.node_id), self._guard)
+        return Upstream(entry.endpoint, credential, self._tls, guard=self._guard)
 
     def _forget(self, node_id: str, generation: int) -> None:
         node = self._nodes.pop(node_id, None)
@@ -595,6 +613,7 @@ class RouteTable:
         now = self._now()
         members: dict[Pool, list[Node]] = {pool: [] for pool in self._pools.values()}
         on_the_way = dict.fromkeys(self._pools.values(), 0)
+        self._owners = {ORG.parse(org): org for org in {node.entry.org for node in self._nodes.values()} if org}
         for node in self._nodes.values():
             entry = node.entry
             if entry.is_routable:
@@ -615,6 +634,15 @@ class RouteTable:
     def pool(self, model: str, region: str) -> Pool | None:
         """The nodes of a model in a region; None where none was ever known."""
         return self._pools.get((model, region))
+
+    def own_plan(self, org_id: UUID, model: str, plan: RegionPlan) -> RegionPlan:
+        """The plan with the org's own nodes of that model in front, where some of them serve now."""
+        org = self._owners.get(org_id)
+        if org is None:
+            return plan
+        regions = [f"{region}{OWNED}{org}" for region in plan.candidates]
+        own = [region for region in regions if (pool := self._pools.get((model, region))) and pool.routable_count]
+        return RegionPlan(own[0], (*own, *plan.candidates)) if own else plan
 
     def choose(
         self,
@@ -665,7 +693,10 @@ class RouteTable:
 
     def regions_of(self, model: str) -> list[str]:
         """Where the model is served now."""
-        return sorted(pool.region for pool in self._pools.values() if pool.model == model and pool.members)
+        pools = self._pools.values()
+        return sorted(
+            pool.region for pool in pools if pool.model == model and pool.members and OWNED not in pool.region
+        )
 
     async def next_change(self) -> None:
         """Wait until an entry has changed."""

@@ -239,9 +239,11 @@ class Inference:
             multiplier_bp=multiplier_bp,
         )
         shown_id = arrived.shown_id
+        # Priced by its home region, wherever it runs: on nodes of the org's own too.
+        plan = self._table.own_plan(principal.org_id, model.name, plan)
         relayed = Relayed(exchange, principal, arrived.id, shown_id, call, model, plan, intent, self._loop, arrived.at)
         relayed.trace, relayed.marks = arrived.trace, arrived.marks
-        reserved = self._reserved.get((principal.org_id, model.name, plan.home)) if self._reserved else None
+        reserved = self._reserved.get((principal.org_id, model.name, intent.home_region)) if self._reserved else None
         self._limits.ask(shown_id, principal, tokens, spend, reserved, partial(self._decided, relayed))
 
     def _decided(self, relayed: Relayed, decision: Hold | Refusal | InvariantViolated) -> None:
@@ -270,7 +272,7 @@ class Inference:
 
     def _check_overage(self, relayed: Relayed, hold: Hold) -> None:
         """It found no room in its reservation: may it run besides?"""
-        home = relayed.plan.home
+        home = relayed.intent.home_region
         held = self.catalog.reservations.get((relayed.principal.org_id, relayed.model.name, home))
         if held is not None and not held.overage:
             self._limits.release(hold)

@@ -9,6 +9,7 @@ socket to whoever takes it in one call, without waking a task.
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Callable
 from enum import StrEnum
@@ -375,15 +376,41 @@ class Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
 
+async def resolve(loop: asyncio.AbstractEventLoop, host: str, port: int, guard: Callable[[str], str | None]) -> str:
+    """The address to connect to, looked up once and then used: it cannot change behind the check.
+
+    Raises PermissionError, an OSError, when the guard lets none of the host's addresses pass.
+    """
+    problem: str | None = "it has no address"
+    for *_, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        problem = guard(str(address[0]))
+        if problem is None:
+            return str(address[0])
+    raise PermissionError(f"no connection to this node: {problem}")
+
+
 class Upstream:
-    """One node's engine: its address, credential and idle connections."""
+    """One node's engine: its address, credential and idle connections.
 
-    __slots__ = ("_head", "_host", "_idle", "_is_closed", "_loop", "_port", "_tls")
+    `server_name` is the name in its certificate, if not the endpoint's host. `guard` says why an address must not be
+    connected to, None for one that may be; it is asked for what the host resolves to at each connection (H7).
+    """
 
-    def __init__(self, endpoint: str, credential: str, tls: ssl.SSLContext | None) -> None:
+    __slots__ = ("_guard", "_head", "_host", "_idle", "_is_closed", "_loop", "_port", "_server_name", "_tls")
+
+    def __init__(
+        self,
+        endpoint: str,
+        credential: str,
+        tls: ssl.SSLContext | None,
+        server_name: str = "",
+        guard: Callable[[str], str | None] | None = None,
+    ) -> None:
         parts = urlsplit(endpoint)
         self._loop = asyncio.get_running_loop()
         self._host = parts.hostname or ""
+        self._server_name = server_name or self._host
+        self._guard = guard
         self._tls = tls if parts.scheme == "https" else None
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self._idle: list[Connection] = []
@@ -409,12 +436,13 @@ class Upstream:
 
     async def connect(self) -> Connection:
         """A new connection, however long it takes. Raises OSError."""
+        host = self._host if self._guard is None else await resolve(self._loop, self._host, self._port, self._guard)
         _, connection = await self._loop.create_connection(
             lambda: Connection(self._loop),
-            self._host,
+            host,
             self._port,
             ssl=self._tls,
-            server_hostname=self._host if self._tls else None,
+            server_hostname=self._server_name if self._tls else None,
         )
         return connection
 

@@ -13,6 +13,14 @@ app = typer.Typer(no_args_is_help=True)
 
 COLUMNS = ("id", "state", "model", "region", "deployment", "provider", "is_pinned", "reason", "changed_at")
 
+# `{port}` is filled in by the agent; the key that the engine must ask for comes in its environment.
+COMMANDS = {
+    "vllm": "vllm serve MODEL --host 127.0.0.1 --port {port}",
+    "sglang": "python3 -m sglang.launch_server --model-path MODEL --port {port} "
+    "--api-key {credential} --enable-metrics",
+    "llamacpp": "llama-server -m MODEL.gguf --host 127.0.0.1 --port {port} --metrics",
+}
+
 Model = Annotated[str, typer.Option("--model", help="A model's name or alias.")]
 Region = Annotated[str, typer.Option("--region", help="A region's name or cloud alias.")]
 NodeId = Annotated[str, typer.Argument(metavar="NODE_ID")]
@@ -70,6 +78,59 @@ def join_node(
         session.send("POST", "/nodes/join", body),
         note="It is admitted once its engine answers, asked with the credential as its API key.",
     )
+
+
+@command(app, "invite")
+def invite_node(
+    session: Session,
+    model: Model,
+    region: Region,
+    org: Annotated[str | None, typer.Option(help="Id or name of the org that alone it serves; left out: all.")] = None,
+    engine: Annotated[str, typer.Option(help="vllm, sglang or llamacpp.")] = "vllm",
+    control_url: Annotated[str | None, typer.Option(help="The API as nodes reach it; left out: as you do.")] = None,
+    valid_for_h: Annotated[int, typer.Option(min=1, max=720, help="Hours in which the token can be used.")] = 24,
+) -> None:
+    """Print the command that makes a machine a node: its agent dials out, registers once and serves."""
+    body = {"model": model, "region": region, "org": org, "valid_for_h": valid_for_h}
+    invited = session.send("POST", "/nodes/invite", body)
+    if session.is_json:
+        session.show(invited)
+        return
+    url = (control_url or session.url).rstrip("/")
+    pin = f" CROSSLOGIC_AGENT_CA_SHA256={invited['ca_sha256']}" if invited["ca_sha256"] else ""
+    # The file's own fingerprint is checked, so it may come over a connection that cannot be verified yet.
+    curl = "curl -fsSk" if pin else "curl -fsS"
+    check = f"echo '{invited['agent_sha256']}  crosslogic-agent.pyz' | sha256sum -c -"
+    lines = (
+        f"{curl} -O {url}/agent/crosslogic-agent.pyz && {check} && env",
+        f"CROSSLOGIC_AGENT_CONTROL_URL={url} CROSSLOGIC_AGENT_NODE_ID={invited['node_id']}",
+        f"CROSSLOGIC_AGENT_JOIN_TOKEN={invited['join_token']}{pin} CROSSLOGIC_AGENT_ENGINE={engine}",
+        f"CROSSLOGIC_AGENT_ENGINE_COMMAND='{COMMANDS.get(engine, 'COMMAND --port {port}')}'",
+        "python3 crosslogic-agent.pyz",
+    )
+    print(" \\\n  ".join(lines))
+
+
+@command(app, "agents")
+def list_agents(session: Session, limit: Most = 100) -> None:
+    """List the agents of nodes that have not ended, newest first."""
+    columns = ("node_id", "node_state", "org", "engine", "endpoint", "certificate_expires_at", "notice")
+    session.show_table(session.get_all("/agents", limit), columns, "No agent has registered.")
+
+
+@command(app, "logs")
+def show_logs(session: Session, node_id: NodeId) -> None:
+    """Print the engine's latest lines, and ask for newer ones."""
+    logs = session.get(f"/agents/{node_id}/logs")
+    session.send("POST", f"/agents/{node_id}/logs", {})
+    note = f"(of {logs['at']}; newer ones are asked for: run this again in some seconds)"
+    session.say(logs, f"{logs['text']}\n{note}" if logs["at"] else "Asked for: run this again in some seconds.")
+
+
+@command(app, "renew")
+def renew_node(session: Session, node_id: NodeId) -> None:
+    """Have a node make a new key and get a new certificate now."""
+    session.say(session.send("POST", f"/agents/{node_id}/renew", {}), f"Node {node_id} is told to renew.")
 
 
 @command(app, "price")

@@ -162,7 +162,7 @@ class Session:
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         httpx = _import_httpx()
-        url = self._url()
+        url = self.url
         # A proxy of the environment is for the world outside, not for this machine.
         is_local = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
         # Without TLS no authorities are needed, and loading them takes a while; this context trusts none.
@@ -183,7 +183,9 @@ class Session:
             )
         return _read(answer, url)
 
-    def _url(self) -> str:
+    @property
+    def url(self) -> str:
+        """The API's URL. Ends the process when it is not known."""
         if self._api:
             if not self._api.startswith(("http://", "https://")):
                 fail(f"--api {self._api!r} is no URL. Write http://HOST:PORT or https://HOST.")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
+import socket
+import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httpx
 
@@ -46,25 +50,52 @@ class Generation:
     duration_s: float
 
 
+class NodeTrust(Protocol):
+    """Tells nodes whose certificates are ours from those that have a public one."""
+
+    async def tls_of(self, node_id: str) -> tuple[ssl.SSLContext, str] | None:
+        """The context and the name to verify for a node with an agent, None for any other."""
+        ...
+
+
 class EngineClient:
     """Asks engines, each with its own node's credential. Redirects are never followed and answers are bounded.
 
     Every method raises Unavailable when there is no answer in time, or not the expected one.
     """
 
-    def __init__(self, node_secret: str, timeout_s: float, connections: int = 200) -> None:
+    def __init__(
+        self,
+        node_secret: str,
+        timeout_s: float,
+        connections: int = 200,
+        *,
+        trust: NodeTrust | None = None,
+        guard: Callable[[str], str | None] | None = None,
+    ) -> None:
         self._secret = node_secret
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(
-            timeout=timeout_s,
+        self._trust = trust
+        self._guard = guard
+        self._connections = connections
+        self._http = self._make_http(True)
+        # Nodes with an agent, whose certificates are ours. Made with the first of them.
+        self._agents_http: httpx.AsyncClient | None = None
+
+    def _make_http(self, verify: ssl.SSLContext | bool) -> httpx.AsyncClient:
+        return httpx.AsyncClient(
+            timeout=self._timeout_s,
             follow_redirects=False,
             trust_env=False,
-            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            verify=verify,
+            limits=httpx.Limits(max_connections=self._connections, max_keepalive_connections=self._connections),
         )
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+        if self._agents_http is not None:
+            await self._agents_http.aclose()
 
     async def check_health(self, node_id: str, endpoint: str) -> None:
         """Return when the engine says that it is well: it has loaded its model and takes requests."""
@@ -127,10 +158,13 @@ class EngineClient:
         timeout = httpx.Timeout(total_s, connect=self._timeout_s)
         try:
             # httpx limits the silence between two chunks; a node that sends a byte a second must end too.
-            async with (
-                asyncio.timeout(total_s),
-                self._http.stream(method, url, json=body, headers=headers, timeout=timeout) as response,
-            ):
+            async with asyncio.timeout(total_s), contextlib.AsyncExitStack() as stack:
+                http, target, more, extensions = await self._way(node_id, httpx.URL(url))
+                response = await stack.enter_async_context(
+                    http.stream(
+                        method, target, json=body, headers=headers | more, timeout=timeout, extensions=extensions
+                    )
+                )
                 content = bytearray()
                 async for chunk in response.aiter_bytes():
                     content += chunk
@@ -141,8 +175,33 @@ class EngineClient:
                 if response.status_code != 200:
                     raise Unavailable(f"The engine answered {response.status_code}.")
                 return bytes(content)
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise Unavailable(f"The engine did not answer ({type(error).__name__}).") from error
+
+    async def _way(
+        self, node_id: str, url: httpx.URL
+    ) -> tuple[httpx.AsyncClient, httpx.URL, dict[str, str], dict[str, str]]:
+        """Over which connections and to which address; the address is checked, and cannot change after that (H7).
+
+        Raises OSError when the host has no address that may be a node's, and what the trust raises.
+        """
+        http, extensions = self._http, dict[str, str]()
+        if url.scheme == "https":
+            tls = await self._trust.tls_of(node_id) if self._trust is not None else None
+            if tls is not None:
+                if self._agents_http is None:
+                    self._agents_http = self._make_http(tls[0])
+                http = self._agents_http
+            extensions["sni_hostname"] = tls[1] if tls is not None else url.host
+        if self._guard is None:
+            return http, url, {}, extensions
+        loop = asyncio.get_running_loop()
+        problem: str | None = "it has no address"
+        for *_, address in await loop.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM):
+            problem = self._guard(str(address[0]))
+            if problem is None:
+                return http, url.copy_with(host=str(address[0])), {"host": url.netloc.decode("ascii")}, extensions
+        raise PermissionError(f"no connection to this node: {problem}")
 
 
 def parse_load(page: str) -> EngineLoad | None:

@@ -8,12 +8,15 @@ NODE_PROVISIONING = "NodeProvisioning"
 NODE_LIFECYCLE = "NodeLifecycle"
 FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
+CERTIFICATE_ROTATION = "CertificateRotation"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
 LOOK_AGAIN = "look_again"
+# The cloud will take the node's machine; the text says which and when, such as "aws: terminate in 120 s".
+SPOT_NOTICE = "spot_notice"
 # Signals that may carry a text, shown as the reason of what follows. All others carry nothing.
-SIGNALS_WITH_A_REASON = frozenset({DRAIN})
+SIGNALS_WITH_A_REASON = frozenset({DRAIN, SPOT_NOTICE})
 
 # Queries.
 STATE = "state"

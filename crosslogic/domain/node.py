@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 from crosslogic.domain.errors import InvariantViolated, Rejected
-from crosslogic.domain.ids import NODE
+from crosslogic.domain.ids import NODE, ORG
 
 
 class NodeState(StrEnum):
@@ -90,11 +90,17 @@ class RouteEntry:
     capacity_tokens_per_s: int = 0
     is_tombstoned: bool = False
     price_microdollars_per_h: int = 0
+    org: str = ""  # The id of the org that alone it serves; empty: everybody.
+    has_agent: bool = False  # It is reached with certificates of ours, under its own name.
 
     @property
     def is_routable(self) -> bool:
         """May a request be started there? (F2, F6)"""
         return self.state is NodeState.READY and not self.is_tombstoned
+
+    def is_same_door(self, other: RouteEntry) -> bool:
+        """Is the engine reached in the same way?"""
+        return self.endpoint == other.endpoint and self.has_agent == other.has_agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,8 @@ class Node:
     tombstoned_at: datetime | None
     ended_at: datetime | None
     price_microdollars_per_h: int = 0
+    org_id: UUID | None = None
+    has_agent: bool = False
 
     @property
     def node_id(self) -> str:
@@ -165,6 +173,8 @@ class Node:
             capacity_tokens_per_s=self.capacity_tokens_per_s,
             is_tombstoned=self.is_tombstoned,
             price_microdollars_per_h=self.price_microdollars_per_h,
+            org="" if self.org_id is None else ORG.show(self.org_id),
+            has_agent=self.has_agent,
         )
 
 

@@ -107,6 +107,8 @@ def decode(text: str) -> RouteEntry:
             capacity_tokens_per_s=int(fields.get("capacity_tokens_per_s", 0)),
             is_tombstoned=bool(fields.get("is_tombstoned", False)),
             price_microdollars_per_h=int(fields.get("price_microdollars_per_h", 0)),
+            org=str(fields.get("org", "")),
+            has_agent=bool(fields.get("has_agent", False)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a route entry: {text[:200]!r}") from error

@@ -118,7 +118,8 @@ class TestDomain:
 
 class TestEnvironment:
     def test_only_settings_reads_it(self) -> None:
-        allowed = {"crosslogic/settings.py", *BEFORE_SETTINGS}
+        # The agent runs on a node, where there is nothing of ours but the agent.
+        allowed = {"crosslogic/settings.py", "crosslogic/agent/config.py", *BEFORE_SETTINGS}
         places = [path for path in sources(*PRODUCT) if str(path.relative_to(ROOT)) not in allowed]
         assert offences(places, ("os.environ", "os.environb", "os.getenv")) == []
 
@@ -132,6 +133,38 @@ class TestOpenDoors:
         # It takes 5 s, and it lives in another environment: the control plane talks to its API server.
         for path in sources(*PRODUCT, "tests"):
             assert not {name for name in imports(ast.parse(path.read_text())) if name.split(".")[0] == "sky"}, path
+
+
+class TestAgent:
+    """Nodes have nothing of ours but the agent, and perhaps an old Python."""
+
+    def test_imports_itself_and_the_standard_library_only(self) -> None:
+        for path in sources("crosslogic/agent"):
+            for name in imports(ast.parse(path.read_text())):
+                top = name.partition(".")[0]
+                assert top in sys.stdlib_module_names or name.startswith("crosslogic.agent"), f"{path}: {name}"
+
+    def test_is_written_for_python_3_9(self) -> None:
+        newer = (
+            "asyncio.timeout",
+            "asyncio.TaskGroup",
+            "asyncio.Runner",
+            "enum.StrEnum",
+            "datetime.UTC",
+            "typing.Self",
+        )
+        paths = sources("crosslogic/agent")
+        for path in paths:
+            tree = ast.parse(path.read_text(), feature_version=(3, 9))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.keyword):
+                    assert node.arg not in ("slots", "kw_only", "strict"), f"{path}: {node.arg}= is newer"
+                assert not isinstance(node, ast.Match), f"{path}: match is newer"
+        assert offences(paths, newer) == []
+
+    def test_starts_without_the_control_planes_packages(self) -> None:
+        loaded = loaded_by(["crosslogic.agent.agent"])
+        assert not loaded & {"cryptography", "httpx", "pydantic", "asyncpg", "temporalio", "pynvml", "fastapi"}
 
 
 class TestWhatAnImportLoads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from crosslogic.agent import config
 from crosslogic.cli.commands import app
 from crosslogic.contracts.inputs import WORKFLOW_INPUTS, Refused, read_input
 from crosslogic.dev import tasks
@@ -162,6 +164,8 @@ class TestContents:
     @by_page
     def test_names_only_settings_that_exist(self, page: Path) -> None:
         known = {f"CROSSLOGIC_{name.upper()}" for name in Settings.model_fields}
+        # What an agent is started with is no setting of the control plane's.
+        known |= {f"{config.PREFIX}{name}" for name in re.findall(r'"([A-Z_0-9]+)"', inspect.getsource(config.Config))}
         named = set(re.findall(r"\bCROSSLOGIC_[A-Z_]*[A-Z]\b", page.read_text()))
         assert named <= known
 

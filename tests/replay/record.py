@@ -166,8 +166,16 @@ async def orphaned(fleet: FleetUnderTest) -> dict[str, str]:
     return {"lifecycle-orphaned": fleet.lifecycle(node).id}
 
 
+async def rotated(fleet: FleetUnderTest) -> dict[str, str]:
+    handle = await fleet.client.start_workflow(
+        names.CERTIFICATE_ROTATION, {"new_authority": False}, id="rotation-by-hand", task_queue=fleet.task_queue
+    )
+    await handle.result()
+    return {"rotation": handle.id}
+
+
 SCENARIOS: tuple[Scenario, ...] = (
-    served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, orphaned,
+    served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, orphaned, rotated,
 )  # fmt: skip
 
 
