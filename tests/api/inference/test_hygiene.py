@@ -381,6 +381,7 @@ class TestExchanges:
         wire.send(request(api, length(), first=f"{method} {CHAT} HTTP/1.1", body=BODY))
         answer = await wire.answer()
         assert (answer.status, answer.code) == (405, "method_not_allowed")
+        assert answer.headers["allow"] == "POST"
         assert engine.requests == []
 
     @pytest.mark.parametrize(

@@ -240,6 +240,20 @@ def _seconds(shown: str) -> int:
 
 
 class TestLimits:
+    async def test_every_answer_to_a_known_key_says_how_its_limits_stand(
+        self, make_api: MakeApi, engine: Engine
+    ) -> None:
+        api = await make_api(engine)
+        await api.fleet.limit("key", api.fleet.key_id, requests_per_min=9)
+        await asyncio.sleep(0.6)
+        untouched = await api.chat(model="nothing")
+        assert (untouched.status_code, untouched.headers["x-ratelimit-remaining-requests"]) == (404, "9")
+        await api.chat()
+        for refused in (await api.chat(messages=1), await api.chat(model="nothing")):
+            assert refused.status_code in (400, 404)
+            assert refused.headers["x-ratelimit-limit-requests"] == "9"
+            assert refused.headers["x-ratelimit-remaining-requests"] == "8"
+
     async def test_requests_beyond_the_limit_are_429_with_when_to_return(
         self, make_api: MakeApi, engine: Engine
     ) -> None:
