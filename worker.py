@@ -28,6 +28,7 @@ from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.clients.skypilot import SkyPilot
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
@@ -36,6 +37,7 @@ from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.placement import PlacementStore
 from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
@@ -81,7 +83,9 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
     )
-    machines = CloudActivities(clouds, nodes, is_loopback_allowed=settings.is_dev)
+    machines = CloudActivities(
+        clouds, nodes, is_loopback_allowed=settings.is_dev, catalog=catalog, placement=PlacementStore(pool)
+    )
     probes = ProbeActivities(
         engine,
         nodes,
@@ -94,6 +98,11 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
     deployments = DeploymentActivities(nodes, catalog, writer)
     held = (writer, machines, probes, deployments)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
+
+
+async def no_join_token(_node_id: str) -> str:
+    """Agents are not asked for one: a node's credential alone says who it is."""
+    return ""
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:
@@ -137,9 +146,13 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     await _until(stop, "search attributes", lambda: _ensure_search_attributes(client, settings))
     redis = hot.connect(settings)
     clouds: dict[str, Cloud] = {}
-    local: LocalCloud | None = None
+    rented: list[LocalCloud | SkyPilot] = []
     if settings.cloud_provider == "local" or settings.local_cloud_token is not None:
-        clouds["local"] = local = LocalCloud.of(settings)
+        rented.append(local := LocalCloud.of(settings))
+        clouds["local"] = local
+    if settings.cloud_provider == "skypilot" or settings.agent_control_url:
+        rented.append(skypilot := SkyPilot.of(settings, no_join_token))
+        clouds["skypilot"] = skypilot
     fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
     try:
@@ -148,8 +161,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         keeping.cancel()
         with contextlib.suppress(Exception):
             await fleet.close()
-            if local is not None:
-                await local.close()
+            for cloud in rented:
+                await cloud.close()
             await redis.aclose()
             pool.terminate()
 

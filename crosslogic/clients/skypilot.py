@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
 import logging
 import pickletools
@@ -25,6 +26,7 @@ from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.health import MachineStatus
 from crosslogic.domain.placement import GPU_MEMORY_GB, Gpus, Offer, Place
+from crosslogic.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class SkyPilot:
         self._node_scheme = node_scheme
         self._poll_s = poll_s
         # The user's id becomes part of every machine's name in its cloud, so it must never change: 8 hexadecimal digits.
-        user_id = "".join(f"{byte:02x}" for byte in user.encode()[:4]).ljust(8, "0")
+        user_id = hashlib.sha256(user.encode()).hexdigest()[:8]
         self._identity: dict[str, Any] = {
             "env_vars": {"SKYPILOT_USER_ID": user_id, "SKYPILOT_USER": user},
             "entrypoint": user,
@@ -136,6 +138,31 @@ class SkyPilot:
         self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
         self._offers: tuple[float, list[Offer]] | None = None
         self._offers_lock = asyncio.Lock()
+
+    @classmethod
+    def of(cls, settings: Settings, join_token: Callable[[str], Awaitable[str]]) -> SkyPilot:
+        """The client that the settings describe. `join_token` issues a node's token for its agent."""
+        secret, token, weights = settings.node_secret, settings.skypilot_token, settings.hugging_face_token
+        control_url = settings.agent_control_url.rstrip("/")
+
+        async def agent_sha256() -> str:
+            return await fetch_agent_sha256(control_url)
+
+        return cls(
+            settings.skypilot_url,
+            node_secret=secret.get_secret_value() if secret else "",
+            launch=LaunchSettings(
+                control_url=control_url,
+                engine=launch_task.EnginePlan(settings.node_engine, command=settings.node_engine_command),
+                engine_versions={"vllm": settings.vllm_version, "sglang": settings.sglang_version},
+                agent_sha256=agent_sha256,
+                join_token=join_token,
+                weights_token=weights.get_secret_value() if weights else "",
+            ),
+            token=token.get_secret_value() if token else "",
+            user=settings.skypilot_user,
+            node_scheme=settings.node_scheme,
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -470,6 +497,23 @@ class SkyPilot:
             yield response
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise Unavailable(f"SkyPilot's API server answered {method} {path} in a form that we do not know.") from error
+
+
+async def fetch_agent_sha256(control_url: str) -> str:
+    """The hash of the agent that the control plane serves. Raises Unavailable when it serves none."""
+    url = f"{control_url}/agent/{launch_task.AGENT}.sha256"
+    try:
+        async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as http:
+            answer = await http.get(url)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(
+            f"The agent's hash cannot be fetched from {url} ({type(error).__name__}); is CROSSLOGIC_AGENT_CONTROL_URL "
+            "this API's URL?"
+        ) from error
+    found = re.fullmatch(r"([0-9a-f]{64})(\s.*)?", answer.text.strip()) if answer.status_code == 200 else None
+    if found is None:
+        raise Unavailable(f"{url} answered {answer.status_code} and no SHA-256; is it this API's?")
+    return found[1]
 
 
 # Machines there are reached through their own agents, or not at all.

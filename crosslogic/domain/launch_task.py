@@ -29,7 +29,8 @@ WEIGHTS: Mapping[str, str] = {
 }
 
 _FOLDER = "$HOME/crosslogic"
-_AGENT = "crosslogic-agent.pyz"
+# The agent, as the API serves it below /agent/ and as it lies on the node.
+AGENT = "crosslogic-agent.pyz"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +164,9 @@ def _setup(engine: EnginePlan) -> str:
         lines += ["command -v llama-server >/dev/null || { echo 'the image lacks llama-server' >&2; exit 1; }"]
     # What is fetched must be what the control plane that ordered this machine serves.
     lines += [
-        f'curl -fsS --retry 5 --retry-connrefused -o {_AGENT}.new "$CROSSLOGIC_AGENT_CONTROL_URL/agent/{_AGENT}"',
-        f'echo "$CROSSLOGIC_AGENT_SHA256  {_AGENT}.new" | sha256sum --check --quiet',
-        f"mv {_AGENT}.new {_AGENT}",
+        f'curl -fsS --retry 5 --retry-connrefused -o {AGENT}.new "$CROSSLOGIC_AGENT_CONTROL_URL/agent/{AGENT}"',
+        f'echo "$CROSSLOGIC_AGENT_SHA256  {AGENT}.new" | sha256sum --check --quiet',
+        f"mv {AGENT}.new {AGENT}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -173,5 +174,5 @@ def _setup(engine: EnginePlan) -> str:
 _RUN = f"""\
 cd "{_FOLDER}"
 export CROSSLOGIC_AGENT_STATE_DIR="{_FOLDER}/agent"
-exec python3 {_AGENT}
+exec python3 {AGENT}
 """

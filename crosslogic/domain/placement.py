@@ -39,7 +39,7 @@ class Gpus:
     count: int = 1
 
     def __str__(self) -> str:
-        return CPU if self.name == CPU else f"{self.name}:{self.count}"
+        return self.name if self.count == 1 else f"{self.name}:{self.count}"
 
     @classmethod
     def read(cls, text: str) -> Gpus:
