@@ -25,7 +25,7 @@ from crosslogic.domain import launch_task
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.health import MachineStatus
-from crosslogic.domain.placement import GPU_MEMORY_GB, Gpus, Offer, Place
+from crosslogic.domain.placement import CPU, GPU_MEMORY_GB, Gpus, Offer, Place
 from crosslogic.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class SkyPilot:
         user: str = "crosslogic",
         node_scheme: str = "https",
         poll_s: float = _POLL_S,
+        transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._node_secret = node_secret
         self._launch = launch
@@ -135,7 +136,9 @@ class SkyPilot:
         headers = {"X-SkyPilot-API-Version": API_VERSION, "X-SkyPilot-Version": VERSION}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, transport=transport
+        )
         self._offers: tuple[float, list[Offer]] | None = None
         self._offers_lock = asyncio.Lock()
 
@@ -318,11 +321,8 @@ class SkyPilot:
         if known is None:
             return Place(cloud, region)
         place = replace(known.place, cloud=cloud, region=region)
-        price = await self._price(place)
-        if not price and known.duration_s:
-            # The catalog's list has GPUs only; the account has every machine.
-            price = round(known.cost_microdollars * 3600 / known.duration_s)
-        return replace(place, price_microdollars_per_h=price)
+        # The catalog's list has GPUs only; the account has every machine.
+        return replace(place, price_microdollars_per_h=await self._price(place) or place.price_microdollars_per_h)
 
     async def _price(self, place: Place) -> int:
         for offer in await self.offers():
@@ -578,11 +578,12 @@ def _microdollars(dollars: Any) -> int | None:
 def _cost(row: Mapping[str, Any]) -> Cost:
     held = _texts_of(row.get("resources") or "")
     accelerators = re.match(r"\{'([^']+)': (\d+)", str(row.get("accelerators") or ""))
-    gpu = str(Gpus(accelerators[1], int(accelerators[2]))) if accelerators else "cpu"
+    gpu = str(Gpus(accelerators[1], int(accelerators[2]))) if accelerators else CPU
+    duration_s, dollars = int(row.get("duration") or 0), float(row.get("total_cost") or 0)
     return Cost(
         cluster=str(row["name"]),
-        duration_s=int(row.get("duration") or 0),
-        cost_microdollars=round(float(row.get("total_cost") or 0) * 1_000_000),
+        duration_s=duration_s,
+        cost_microdollars=round(dollars * 1_000_000),
         place=Place(
             cloud=str(row.get("cloud") or "").lower(),
             region=str(row.get("region") or ""),
@@ -590,6 +591,7 @@ def _cost(row: Mapping[str, Any]) -> Cost:
             gpu=gpu,
             instance_type=str(held.get("_instance_type") or ""),
             is_spot=held.get("_use_spot") is True,
+            price_microdollars_per_h=round(dollars * 1_000_000 * 3600 / duration_s) if duration_s else 0,
         ),
         is_running=row.get("status") is not None,
     )

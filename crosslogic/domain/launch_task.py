@@ -90,7 +90,7 @@ def build(plan: NodePlan) -> dict[str, Any]:
 
 def engine_command(plan: NodePlan) -> str:
     """The command that the agent starts; secrets stand in it as variables, and a shell puts them in. Raises Rejected."""
-    return f"/bin/sh -c {shlex.quote('exec ' + _shell_command(plan))}"
+    return f"/bin/sh -c {shlex.quote(_shell_command(plan))}"
 
 
 def _shell_command(plan: NodePlan) -> str:
@@ -112,20 +112,20 @@ def _shell_command(plan: NodePlan) -> str:
     if engine.name == "vllm":
         task = " --runner pooling" if plan.kind == "embedding" else ""
         return (
-            f'env VLLM_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" {_FOLDER}/engine/bin/vllm serve {repository}'
+            f'exec env VLLM_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" {_FOLDER}/engine/bin/vllm serve {repository}'
             f" --served-model-name {model} --host 127.0.0.1 --port {ENGINE_PORT}"
             f" --tensor-parallel-size {_GPUS} --enable-prefix-caching{context}{task}"
         )
     if engine.name == "sglang":
         embedding = " --is-embedding" if plan.kind == "embedding" else ""
         return (
-            f"{_FOLDER}/engine/bin/python -m sglang.launch_server --model-path {repository}"
+            f"exec {_FOLDER}/engine/bin/python -m sglang.launch_server --model-path {repository}"
             f" --served-model-name {model} --host 127.0.0.1 --port {ENGINE_PORT} --tp-size {_GPUS}"
             f' --api-key "$CROSSLOGIC_NODE_CREDENTIAL" --enable-metrics{context}{embedding}'
         )
     embedding = " --embedding" if plan.kind == "embedding" else ""
     return (
-        f'env LLAMA_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" llama-server --hf-repo {repository} --alias {model}'
+        f'exec env LLAMA_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" llama-server --hf-repo {repository} --alias {model}'
         f" --host 127.0.0.1 --port {ENGINE_PORT} --metrics{context}{embedding}"
     )
 
