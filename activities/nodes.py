@@ -198,7 +198,9 @@ class NodeActivities:
             provider=provider,
             gpu=gpu,
             spot=asked.spot and not endpoint,
-            cluster=cluster_name(provider, region, gpu.replace(":", "x") or NO_GPU, asked.spot and not endpoint, order.node_id),
+            cluster=cluster_name(
+                provider, region, gpu.replace(":", "x") or NO_GPU, asked.spot and not endpoint, order.node_id
+            ),
             is_pinned=order.is_pinned,
             workflow_id=order.workflow_id,
             drain_timeout_s=asked.drain_timeout_s,

@@ -1,4 +1,4 @@
-"""SkyPilot as a cloud: one cluster per node, through its API server's REST interface. SkyPilot itself is never imported.
+"""SkyPilot as a cloud: one cluster per node, through its API server's REST interface. SkyPilot is never imported.
 
 Every operation there is a request with an id that is polled, so that nothing here waits longer than one HTTP exchange.
 Ids live as long as the server's process: whoever comes later finds what is going on by the cluster's name.
@@ -92,7 +92,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class LaunchSettings:
-    """What every task of this installation has in common. `agent_sha256` asks for the hash of the agent to be fetched."""
+    """What every task of this installation has in common. `agent_sha256` asks for the hash of the agent it fetches."""
 
     control_url: str
     engine: launch_task.EnginePlan
@@ -126,7 +126,7 @@ class SkyPilot:
         self._launch = launch
         self._node_scheme = node_scheme
         self._poll_s = poll_s
-        # The user's id becomes part of every machine's name in its cloud, so it must never change: 8 hexadecimal digits.
+        # The user's id, 8 hexadecimal digits, becomes part of every machine's name in its cloud: it must never change.
         user_id = hashlib.sha256(user.encode()).hexdigest()[:8]
         self._identity: dict[str, Any] = {
             "env_vars": {"SKYPILOT_USER_ID": user_id, "SKYPILOT_USER": user},
@@ -179,9 +179,9 @@ class SkyPilot:
         """
         if await self._active(spec.cluster, LAUNCH):
             return
-        if (machine := await self.find(spec.cluster)) and not machine.is_order_lost:
-            if machine.status != MachineStatus.GONE:
-                return
+        machine = await self.find(spec.cluster)
+        if machine is not None and machine.status != MachineStatus.GONE and not machine.is_order_lost:
+            return
         task = launch_task.build(await self._plan(spec))
         # JSON is YAML, and needs no library.
         await self._post("/launch", {"task": json.dumps(task), "cluster_name": spec.cluster, "retry_until_up": False})
@@ -252,7 +252,11 @@ class SkyPilot:
 
     async def clouds(self) -> list[str]:
         """The clouds that the server has working credentials for, e.g. `aws`."""
-        return [str(cloud).lower() for cloud in await self._ask_for("GET", "/enabled_clouds", {}, _SHORT_S) or []]
+        try:
+            found = await self._ask_for("GET", "/enabled_clouds", {}, _SHORT_S)
+        except RequestFailed as error:
+            raise _translate(error) from error
+        return [cloud.lower() for cloud in cast("list[str]", found or [])]
 
     async def costs(self, clusters: Sequence[str] | None = None, days: int = 30) -> list[Cost]:
         """What clusters have cost, ended ones too."""
@@ -399,7 +403,7 @@ class SkyPilot:
     async def _until_idle(self, cluster: str, name: str, what: str) -> None:
         try:
             async with asyncio.timeout(_LONG_S):
-                while await self._active(cluster, name):
+                while await self._active(cluster, name):  # noqa: ASYNC110 (the server has no events to wait for)
                     await asyncio.sleep(self._poll_s)
         except TimeoutError:
             raise Unavailable(f"SkyPilot does not {what} {cluster} within {_LONG_S:.0f} s.") from None
@@ -445,7 +449,7 @@ class SkyPilot:
         return request_id
 
     async def _result(self, request_id: str, timeout_s: float) -> Any:
-        """The result of a request once it has ended. Raises RequestFailed, RequestLost, and Unavailable after a while."""
+        """The result of a request that has ended. Raises RequestFailed, RequestLost, and Unavailable after a while."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         while True:
             query = {"request_ids": request_id, "fields": "status"}
@@ -496,7 +500,7 @@ class SkyPilot:
         try:
             yield response
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise Unavailable(f"SkyPilot's API server answered {method} {path} in a form that we do not know.") from error
+            raise Unavailable(f"SkyPilot's API server answered {method} {path} in a form unknown to us.") from error
 
 
 async def fetch_agent_sha256(control_url: str) -> str:
@@ -619,8 +623,9 @@ def _texts_of(pickled: str) -> dict[str, object]:
                 last = memo[cast(int, argument)]
             else:
                 last = constants.get(operation.name, ...)
-            if isinstance(previous, str) and previous.startswith("_") and (last is None or isinstance(last, str | bool)):
-                found.setdefault(previous, last)
+            is_attribute = isinstance(previous, str) and previous.startswith("_")
+            if is_attribute and (last is None or isinstance(last, str | bool)):
+                found.setdefault(cast(str, previous), last)
                 previous = None
             else:
                 previous = last

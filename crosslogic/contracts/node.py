@@ -26,7 +26,7 @@ class NodeProvisioningInput:
     load_timeout_s: int = 1800
     drain_timeout_s: int = 120
     gpus: list[str] = field(default_factory=list[str])  # Further choices beside `gpu`: NAME or NAME:COUNT, or `cpu`.
-    clouds: list[str] = field(default_factory=list[str])  # Empty: every cloud that is connected. Otherwise `aws`, `gcp`, …
+    clouds: list[str] = field(default_factory=list[str])  # Empty: all that are connected. Otherwise `aws`, `gcp`, …
     zone: str = ""  # Empty: any. Otherwise the cloud's name of one.
     engine: str = ""  # Empty: the configured one. Otherwise `vllm`, `sglang`, `llamacpp` or `custom`.
 

@@ -89,7 +89,7 @@ def build(plan: NodePlan) -> dict[str, Any]:
 
 
 def engine_command(plan: NodePlan) -> str:
-    """The command that the agent starts; secrets stand in it as variables, and a shell puts them in. Raises Rejected."""
+    """The command that the agent starts. Secrets stand in it as variables that a shell puts in. Raises Rejected."""
     return f"/bin/sh -c {shlex.quote(_shell_command(plan))}"
 
 

@@ -179,7 +179,13 @@ def rank(
         if wish.zone and offer.zone not in ("", wish.zone):
             continue
         place = Place(
-            offer.cloud, offer.region, wish.zone or offer.zone, str(offer.gpus), offer.instance_type, wish.is_spot, price
+            offer.cloud,
+            offer.region,
+            wish.zone or offer.zone,
+            str(offer.gpus),
+            offer.instance_type,
+            wish.is_spot,
+            price,
         )
         hazard = hazard_per_h(exposure_of(place, history), policy) if wish.is_spot else 0.0
         cost = serving_cost(price, hazard, policy)

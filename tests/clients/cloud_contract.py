@@ -19,8 +19,12 @@ PREFIX = "cic-contract-"
 class Landlord(Protocol):
     """A cloud under test, and the hands that move it from outside."""
 
-    cloud: Cloud
     patience_s: float
+
+    @property
+    def cloud(self) -> Cloud:
+        """The client."""
+        ...
 
     def spec(self, name: str) -> NodeSpec:
         """An order for a machine of that name."""
@@ -109,7 +113,8 @@ class CloudContract:
         assert machine.status == MachineStatus.RUNNING
         assert await look(landlord, spec.cluster) == machine
         assert landlord.count(spec.cluster) == 1
-        assert [found.cluster for found in await landlord.cloud.list_all(PREFIX) if not is_gone(found)] == [spec.cluster]
+        listed = await landlord.cloud.list_all(PREFIX)
+        assert [found.cluster for found in listed if not is_gone(found)] == [spec.cluster]
         assert await landlord.cloud.list_all("cic-nobodys-") == []
         await end(landlord, spec.cluster)
         assert landlord.count(spec.cluster) == 0

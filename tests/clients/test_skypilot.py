@@ -1,4 +1,4 @@
-"""The SkyPilot client against a model of its API server, which can misbehave as the real one does; tests/rigs has that."""
+"""The SkyPilot client against a model of its API server; tests/rigs has the real one."""
 
 from __future__ import annotations
 
@@ -221,7 +221,9 @@ class ModelLandlord:
 
     def spec(self, name: str) -> NodeSpec:
         places = [Place("aws", "us-east-1", gpu="L4", is_spot=True), Place("aws", "us-west-2", gpu="L4")]
-        return NodeSpec("node_1", "llama-3-8b", "us-east", provider="skypilot", cluster=f"{PREFIX}{name}", places=places)
+        return NodeSpec(
+            "node_1", "llama-3-8b", "us-east", provider="skypilot", cluster=f"{PREFIX}{name}", places=places
+        )
 
     def count(self, cluster: str) -> int:
         return int(cluster in self.model.clusters)
@@ -260,7 +262,9 @@ async def run(landlord: ModelLandlord, name: str = "one") -> NodeSpec:
 
 
 class TestEnsure:
-    async def test_returns_before_the_machine_runs_and_attaches_to_what_is_going_on(self, landlord: ModelLandlord) -> None:
+    async def test_returns_before_the_machine_runs_and_attaches_to_what_is_going_on(
+        self, landlord: ModelLandlord
+    ) -> None:
         spec = landlord.spec("one")
         for _ in range(3):
             await landlord.cloud.ensure(spec)

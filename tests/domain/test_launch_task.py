@@ -65,7 +65,10 @@ class TestBuild:
 
     def test_pins_the_engine(self) -> None:
         assert "engine/bin/python vllm==0.32.0\n" in build(PLAN)["setup"]
-        assert "engine/bin/python 'sglang[all]==0.5.5'\n" in build(replace(PLAN, engine=EnginePlan("sglang", "0.5.5")))["setup"]
+        assert (
+            "engine/bin/python 'sglang[all]==0.5.5'\n"
+            in build(replace(PLAN, engine=EnginePlan("sglang", "0.5.5")))["setup"]
+        )
 
     def test_refuses_a_plan_without_a_place(self) -> None:
         with pytest.raises(Rejected) as caught:

@@ -115,7 +115,11 @@ class TestRank:
         assert rank([offer("aws", 1.0, L4)], Wish((Gpus("L4", 2),), ANYWHERE, True), {}) == []
 
     def test_stays_in_the_region_the_clouds_and_the_zone_that_were_asked_for(self) -> None:
-        offers = [offer("aws", 0.3, zone="us-east-1a"), offer("gcp", 0.1, region="us-east4"), offer("aws", 0.1, region="x")]
+        offers = [
+            offer("aws", 0.3, zone="us-east-1a"),
+            offer("gcp", 0.1, region="us-east4"),
+            offer("aws", 0.1, region="x"),
+        ]
         aws = Wish((L4,), ANYWHERE, True, frozenset({"aws"}))
         assert [place.infra for place in rank(offers, aws, {})] == ["aws/us-east-1/us-east-1a"]
         assert rank(offers, Wish((L4,), frozenset({"us-east-1"}), True, zone="us-east-1b"), {}) == []

@@ -88,8 +88,12 @@ class AwsRig:
 
     def take(self, cluster: str) -> None:
         """The cloud takes the cluster's machine back, as it does with spot instances."""
+        assert self.instances(cluster), f"{cluster} has no instance"
+        self.take_all(cluster)
+
+    def take_all(self, cluster: str = "") -> None:
+        """The same for whatever there is."""
         taken = self.instances(cluster)
-        assert taken, f"{cluster} has no instance"
         for region in _ZONES:
             for instance in taken:
                 self._call(region, "TerminateInstances", {"InstanceId.1": instance}, is_lenient=True)

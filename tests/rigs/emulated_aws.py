@@ -16,9 +16,10 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ACCOUNT = "123456789012"
 REGIONS = ("us-east-1", "us-west-2")
@@ -37,10 +38,12 @@ def give_loopback_addresses() -> None:
     interfaces: Any = import_module("moto.ec2.models.elastic_network_interfaces")
     vpcs: Any = import_module("moto.ec2.models.vpcs")
     interfaces.random_public_ip = lambda: f"127.0.8.{next(public)}"
+
+    def private_address(_cidr: Any = None, ipv6: bool = False) -> str:
+        return "2001:db8::1/64" if ipv6 else f"127.0.9.{next(private)}"
+
     for module in (interfaces, _instances, vpcs):
-        module.random_private_ip = lambda *_, ipv6=False, **__: (
-            "2001:db8::1/64" if ipv6 else f"127.0.9.{next(private)}"
-        )
+        module.random_private_ip = private_address
 
 
 def obey_capacity(folder: Path) -> None:
@@ -71,6 +74,15 @@ def furnish_account() -> None:
         ec2.attach_internet_gateway(gateway.id, network.id)
         table = next(table for table in ec2.route_tables.values() if table.vpc_id == network.id)
         ec2.create_route(table.id, "0.0.0.0/0", gateway_id=gateway.id)
+
+
+def keep_machines_or_end(folder: Path, uv: str) -> None:
+    """`keep_machines`; an AWS whose instances never boot would only be waited for."""
+    try:
+        keep_machines(folder, uv)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def keep_machines(folder: Path, uv: str) -> None:
@@ -117,12 +129,12 @@ def _boot(folder: Path, instance: Any, uv: str) -> subprocess.Popen[bytes]:
 
 def _first_user(user_data: Any) -> dict[str, Any]:
     """cloud-init's first user, from what the instance was started with: YAML, wrapped in base64 once or twice."""
-    text = user_data if isinstance(user_data, str) else bytes(user_data).decode()
+    text = str(user_data.decode())
     for _ in range(3):
         try:
             found = _yaml.safe_load(text)
             if isinstance(found, dict):
-                return found["users"][0]
+                return dict(cast("dict[str, Any]", found)["users"][0])
         except _yaml.YAMLError:
             pass
         text = base64.b64decode(text).decode()
@@ -135,7 +147,7 @@ def main() -> None:
     give_loopback_addresses()
     obey_capacity(folder)
     furnish_account()
-    threading.Thread(target=keep_machines, args=(folder / "machines", uv), daemon=True).start()
+    threading.Thread(target=keep_machines_or_end, args=(folder / "machines", uv), daemon=True).start()
     serve: Any = import_module("moto.server").main
     serve(["-H", "127.0.0.1", "-p", port])
 

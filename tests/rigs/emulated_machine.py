@@ -1,4 +1,4 @@
-"""`python3 emulated_machine.py ORDER` inside fresh mount, process and host-name namespaces: a machine, until it is killed.
+"""`python3 emulated_machine.py ORDER` in fresh mount, process and host-name namespaces: a machine, until it is killed.
 
 Its disk is this computer's with changes of its own, kept in memory; its SSH server listens on its address alone. ORDER
 is a JSON object. Standard library only, because it runs on the system's Python.

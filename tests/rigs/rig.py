@@ -1,4 +1,4 @@
-"""What both rigs stand on: Debian packages, SkyPilot's own environment, its API server, and processes that end with us."""
+"""What both rigs stand on: Debian packages, SkyPilot's environment and API server, processes that end with us."""
 
 from __future__ import annotations
 

@@ -168,7 +168,9 @@ class SlurmRig:
         subprocess.run(["useradd", "-M", "-d", str(home), "-s", "/bin/bash", "-p", "*", USER], check=True)
         (home / ".ssh").mkdir(parents=True, mode=0o700)
         for name in ("host", "key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/ssh/{name}"], check=True)
+            subprocess.run(
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.folder}/ssh/{name}"], check=True
+            )
         shutil.copy(self.folder / "ssh" / "key.pub", home / ".ssh" / "authorized_keys")
         subprocess.run(["chown", "-R", f"{USER}:", str(home)], check=True)
 
