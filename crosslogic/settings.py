@@ -106,7 +106,7 @@ class Settings(BaseSettings):
         default="",
         max_length=4000,
         description="Shell command of a `custom` engine: serves OpenAI's API on 127.0.0.1:8000 with "
-        "$CROSSLOGIC_NODE_CREDENTIAL as its API key.",
+        "$ENGINE_API_KEY as its API key.",
     )
     node_scheme: Literal["https", "http"] = Field(
         default="https", description="How rented nodes are reached; `http` is for loopback in dev mode."

@@ -65,7 +65,7 @@ def build(plan: NodePlan) -> dict[str, Any]:
     """The task as SkyPilot reads it from YAML. Raises Rejected for a plan that cannot become a node."""
     if not plan.places:
         raise Rejected(f"Node {plan.node_id} has no place to be launched in.", code="no_place")
-    secrets = {"CROSSLOGIC_AGENT_JOIN_TOKEN": plan.join_token, "CROSSLOGIC_NODE_CREDENTIAL": plan.credential}
+    secrets = {"CROSSLOGIC_AGENT_JOIN_TOKEN": plan.join_token, "ENGINE_API_KEY": plan.credential}
     if plan.weights_token:
         secrets["HF_TOKEN"] = plan.weights_token
     return {
@@ -112,7 +112,7 @@ def _shell_command(plan: NodePlan) -> str:
     if engine.name == "vllm":
         task = " --runner pooling" if plan.kind == "embedding" else ""
         return (
-            f'exec env VLLM_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" {_FOLDER}/engine/bin/vllm serve {repository}'
+            f'exec env VLLM_API_KEY="$ENGINE_API_KEY" {_FOLDER}/engine/bin/vllm serve {repository}'
             f" --served-model-name {model} --host 127.0.0.1 --port {ENGINE_PORT}"
             f" --tensor-parallel-size {_GPUS} --enable-prefix-caching{context}{task}"
         )
@@ -121,11 +121,11 @@ def _shell_command(plan: NodePlan) -> str:
         return (
             f"exec {_FOLDER}/engine/bin/python -m sglang.launch_server --model-path {repository}"
             f" --served-model-name {model} --host 127.0.0.1 --port {ENGINE_PORT} --tp-size {_GPUS}"
-            f' --api-key "$CROSSLOGIC_NODE_CREDENTIAL" --enable-metrics{context}{embedding}'
+            f' --api-key "$ENGINE_API_KEY" --enable-metrics{context}{embedding}'
         )
     embedding = " --embedding" if plan.kind == "embedding" else ""
     return (
-        f'exec env LLAMA_API_KEY="$CROSSLOGIC_NODE_CREDENTIAL" llama-server --hf-repo {repository} --alias {model}'
+        f'exec env LLAMA_API_KEY="$ENGINE_API_KEY" llama-server --hf-repo {repository} --alias {model}'
         f" --host 127.0.0.1 --port {ENGINE_PORT} --metrics{context}{embedding}"
     )
 

@@ -283,7 +283,7 @@ class TestEnsure:
         task = landlord.model.launches[0]
         assert [place["infra"] for place in task["resources"]["ordered"]] == ["aws/us-east-1", "aws/us-west-2"]
         assert task["secrets"]["CROSSLOGIC_AGENT_JOIN_TOKEN"] == "token-of-node_1"
-        assert task["secrets"]["CROSSLOGIC_NODE_CREDENTIAL"].startswith("nc_")
+        assert task["secrets"]["ENGINE_API_KEY"].startswith("nc_")
 
     async def test_launches_as_the_same_user_from_every_worker(self, landlord: ModelLandlord) -> None:
         await landlord.cloud.ensure(landlord.spec("one"))

@@ -107,7 +107,7 @@ class TestEngineCommand:
         assert command.startswith("exec ")
         assert "--host 127.0.0.1" in command
         assert f"--port {ENGINE_PORT}" in command
-        assert "$CROSSLOGIC_NODE_CREDENTIAL" in command
+        assert "$ENGINE_API_KEY" in command
         assert "meta-llama/Meta-Llama-3-8B-Instruct" in command
 
     def test_of_a_custom_engine_is_its_own(self) -> None:

@@ -52,7 +52,7 @@ def make_client(
 
 
 class AwsLandlord:
-    patience_s = 180.0
+    patience_s = 400.0
 
     def __init__(self, rig: AwsRig, plane: ControlPlane) -> None:
         self.rig = rig
@@ -89,7 +89,7 @@ class AwsLandlord:
 
 
 class SlurmLandlord:
-    patience_s = 180.0
+    patience_s = 400.0
 
     def __init__(self, rig: SlurmRig, plane: ControlPlane) -> None:
         self.rig = rig

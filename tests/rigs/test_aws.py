@@ -14,7 +14,7 @@ from tests.rigs.aws import AwsRig
 from tests.rigs.control_plane import ControlPlane
 from tests.rigs.landlords import AwsLandlord, make_client, make_spec
 
-pytestmark = [pytest.mark.rigs, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.rigs, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.rigs.control_plane import ControlPlane
 from tests.rigs.landlords import SlurmLandlord
 from tests.rigs.slurm import SlurmRig
 
-pytestmark = [pytest.mark.rigs, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.rigs, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
