@@ -28,7 +28,7 @@ from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
-from crosslogic.clients.skypilot import SkyPilot
+from crosslogic.clients.skypilot import SkyPilot, no_join_token
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
@@ -98,11 +98,6 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
     deployments = DeploymentActivities(nodes, catalog, writer)
     held = (writer, machines, probes, deployments)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
-
-
-async def no_join_token(_node_id: str) -> str:
-    """Agents are not asked for one: a node's credential alone says who it is."""
-    return ""
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from crosslogic.cli.session import Session, command, fail
+from crosslogic.cli.session import Session, command
 from crosslogic.cli.tenancy import Most
-from crosslogic.domain.errors import CrossLogicError
 
 app = typer.Typer(no_args_is_help=True)
 
 COLUMNS = ("id", "state", "model", "region", "deployment", "provider", "is_pinned", "reason", "changed_at")
-COST_COLUMNS = ("cluster", "place", "machine", "spot", "running", "hours", "dollars")
+COST_COLUMNS = ("cluster", "place", "machine", "is_spot", "is_running", "hours", "dollars")
 
 Model = Annotated[str, typer.Option("--model", help="A model's name or alias.")]
 Region = Annotated[str, typer.Option("--region", help="A region's name or cloud alias.")]
@@ -89,42 +87,19 @@ def price_node(
 @command(app, "cost")
 def cost_nodes(
     session: Session,
-    days: Annotated[int, typer.Option(min=1, max=365, help="Of nodes that ran within so many days.")] = 30,
+    days: Annotated[int, typer.Option(min=1, max=365, help="Of machines that ran within so many.")] = 30,
     limit: Most = 100,
 ) -> None:
-    """Show what rented nodes have cost, by SkyPilot's own account, the dearest first; ended ones too."""
-    rows = asyncio.run(_read_costs(days))
-    session.show_table(rows[:limit], COST_COLUMNS, "SkyPilot has rented nothing of ours in that time.")
-
-
-async def _read_costs(days: int) -> list[dict[str, Any]]:
-    # Not loaded by the commands that ask the API only.
-    from crosslogic.clients.skypilot import SkyPilot
-    from crosslogic.settings import settings
-
-    async def no_token(_node_id: str) -> str:
-        return ""
-
-    client = SkyPilot.of(settings(), no_token)
-    try:
-        costs = await client.costs(days=days)
-    except CrossLogicError as error:
-        fail(error.message)
-    finally:
-        await client.close()
-    return [
+    """Show what rented machines have cost, by SkyPilot's own account, the dearest first; ended ones too."""
+    rows = [
         {
-            "cluster": cost.cluster,
-            "place": cost.place.infra,
-            "machine": cost.place.instance_type or cost.place.gpu,
-            "spot": cost.place.is_spot,
-            "running": cost.is_running,
-            "hours": round(cost.duration_s / 3600, 2),
-            "dollars": f"{cost.cost_microdollars / 1_000_000:.4f}",
+            **row,
+            "hours": round(row["duration_s"] / 3600, 2),
+            "dollars": f"{row['cost_microdollars'] / 1_000_000:.4f}",
         }
-        for cost in sorted(costs, key=lambda cost: -cost.cost_microdollars)
-        if cost.cluster.startswith("cic-")
+        for row in session.get("/nodes/costs", days=days)["data"][:limit]
     ]
+    session.show_table(rows, COST_COLUMNS, "SkyPilot has rented nothing for us in that time.")
 
 
 @command(app, "drain")

@@ -40,6 +40,7 @@ _LONG_S = 110.0  # For one that ends a machine; a further call goes on where thi
 _POLL_S = 0.5
 _OFFERS_S = 600.0  # Prices change a few times a day.
 _MOST_BYTES = 64_000_000
+_MOST_SEEN = 10_000
 
 LAUNCH, DOWN = "sky.launch", "sky.down"
 _ACTIVE = frozenset({"PENDING", "RUNNING"})
@@ -141,6 +142,9 @@ class SkyPilot:
         )
         self._offers: tuple[float, list[Offer]] | None = None
         self._offers_lock = asyncio.Lock()
+        # Machines whose task was seen running. Its state, address and place each cost the server an SSH session, and
+        # whether the engine still answers is seen elsewhere.
+        self._seen: dict[str, Machine] = {}
 
     @classmethod
     def of(cls, settings: Settings, join_token: Callable[[str], Awaitable[str]]) -> SkyPilot:
@@ -193,6 +197,8 @@ class SkyPilot:
         if await self._active(cluster, DOWN):
             return Machine(cluster, MachineStatus.STARTING, reason="SkyPilot is ending it")
         record = await self._record(cluster)
+        if record is None or record.get("status") != "UP":
+            self._seen.pop(cluster, None)
         # A launch that began in the meantime is not in this reading of the table.
         if await self._active(cluster, LAUNCH):
             return Machine(cluster, MachineStatus.STARTING, reason="SkyPilot is launching it")
@@ -205,7 +211,14 @@ class SkyPilot:
             )
         if status != "UP":
             return Machine(cluster, MachineStatus.UNKNOWN, reason=f"SkyPilot says {status}", failure="machine_stopped")
-        return await self._find_running(cluster, record)
+        if (seen := self._seen.get(cluster)) is not None:
+            return seen
+        machine = await self._find_running(cluster, record)
+        if machine.status == MachineStatus.RUNNING and not machine.failure:
+            if len(self._seen) >= _MOST_SEEN:
+                self._seen.clear()
+            self._seen[cluster] = machine
+        return machine
 
     async def list_all(self, prefix: str) -> list[Machine]:
         """Every machine whose name starts with `prefix`, in launch too. The list may lag behind the clouds."""
@@ -230,6 +243,7 @@ class SkyPilot:
         Cancelling a launch alone would leak what it has made so far, and a `down` beside a running launch ends nothing:
         so the launch is cancelled, waited for, and then the cluster goes down.
         """
+        self._seen.pop(cluster, None)
         for request_id in await self._active(cluster, LAUNCH):
             await self._ask("/api/cancel", {"request_ids": [request_id]}, _SHORT_S)
         await self._until_idle(cluster, LAUNCH, "stop launching")
@@ -289,7 +303,10 @@ class SkyPilot:
         place = await self._place(cluster, record)
         if place.cloud in _WITHOUT_ENDPOINTS:
             return Machine(cluster, MachineStatus.RUNNING, has_endpoints=False, place=place)
-        return Machine(cluster, MachineStatus.RUNNING, await self._endpoint(cluster), place=place)
+        endpoint = await self._endpoint(cluster)
+        if not endpoint:
+            return Machine(cluster, MachineStatus.STARTING, reason="its cloud has not said its address yet")
+        return Machine(cluster, MachineStatus.RUNNING, endpoint, place=place)
 
     async def _find_failure(self, cluster: str) -> Machine | None:
         """There is no cluster: was its launch the last that was heard of it?"""
@@ -501,6 +518,11 @@ class SkyPilot:
             yield response
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise Unavailable(f"SkyPilot's API server answered {method} {path} in a form unknown to us.") from error
+
+
+async def no_join_token(_node_id: str) -> str:
+    """For whoever launches nothing, or nothing that asks for a token."""
+    return ""
 
 
 async def fetch_agent_sha256(control_url: str) -> str:

@@ -313,6 +313,16 @@ class TestFind:
         assert machine.endpoint == f"https://203.0.113.7:{NODE_PORT}"
         assert machine.place == Place("aws", "us-east-1", "us-east-1a", "L4", "g6.xlarge", True, 300_000)
 
+    async def test_asks_a_machine_that_runs_no_more_than_whether_it_is_there(self, landlord: ModelLandlord) -> None:
+        spec = await run(landlord)
+        first = await landlord.cloud.find(spec.cluster)
+        landlord.model.seen.clear()
+        assert await landlord.cloud.find(spec.cluster) == first
+        asked = {request.url.path for request in landlord.model.seen} - {"/api/status", "/api/get"}
+        assert asked == {"/status"}
+        await landlord.cloud.end(spec.cluster)
+        assert await landlord.cloud.find(spec.cluster) is None
+
     @pytest.mark.parametrize(
         ("job", "failure", "is_running"),
         [
@@ -344,9 +354,9 @@ class TestFind:
         assert machine.is_order_lost
 
     async def test_has_no_endpoint_on_machines_of_ones_own(self, landlord: ModelLandlord) -> None:
-        spec = await run(landlord)
-        landlord.model.clusters[spec.cluster].cloud = "Slurm"
-        machine = await landlord.cloud.find(spec.cluster)
+        await landlord.cloud.ensure(landlord.spec("one"))
+        landlord.model.clusters[f"{PREFIX}one"].cloud = "Slurm"
+        machine = await landlord.cloud.find((await run(landlord)).cluster)
         assert machine is not None
         assert not machine.has_endpoints
 
