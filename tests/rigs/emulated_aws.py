@@ -11,7 +11,6 @@ import base64
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -101,7 +100,8 @@ def keep_machines(folder: Path, uv: str) -> None:
                 machines[instance_id] = _boot(folder / instance_id, instance, uv)
         for instance_id in set(machines) - set(running):
             machine = machines.pop(instance_id)
-            os.killpg(machine.pid, signal.SIGKILL)
+            # It takes everything on the machine with it.
+            machine.kill()
             machine.wait()
         time.sleep(0.3)
 
@@ -123,7 +123,7 @@ def _boot(folder: Path, instance: Any, uv: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "/usr/bin/python3", str(program),
              json.dumps(order)],
-            stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=console, stderr=console,
         )  # fmt: skip
 
 
