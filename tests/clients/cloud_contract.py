@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeVar
 
 import pytest
 
@@ -14,6 +15,8 @@ from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.health import MachineStatus
 
 PREFIX = "cic-contract-"
+
+T = TypeVar("T")
 
 
 class Landlord(Protocol):
@@ -68,22 +71,23 @@ async def bring_up(landlord: Landlord, spec: NodeSpec) -> Machine:
     raise AssertionError(f"{spec.cluster} does not run within {landlord.patience_s} s")
 
 
-async def order(landlord: Landlord, spec: NodeSpec) -> None:
-    """Order until the order is taken."""
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """What a cloud answers, as soon as it does: everybody who asks one tries again."""
     while True:
         try:
-            return await landlord.cloud.ensure(spec)
+            return await ask()
         except Unavailable:
             await asyncio.sleep(0.2)
+
+
+async def order(landlord: Landlord, spec: NodeSpec) -> None:
+    """Order until the order is taken."""
+    await patiently(lambda: landlord.cloud.ensure(spec))
 
 
 async def look(landlord: Landlord, cluster: str) -> Machine | None:
     """The machine, as soon as the cloud answers."""
-    while True:
-        try:
-            return await landlord.cloud.find(cluster)
-        except Unavailable:
-            await asyncio.sleep(0.2)
+    return await patiently(lambda: landlord.cloud.find(cluster))
 
 
 async def end(landlord: Landlord, cluster: str) -> None:
@@ -109,21 +113,21 @@ class CloudContract:
         with pytest.raises(Unavailable):
             await landlord.cloud.ensure(spec)
         machine = await bring_up(landlord, spec)
-        await landlord.cloud.ensure(spec)
+        await order(landlord, spec)
         assert machine.status == MachineStatus.RUNNING
         assert await look(landlord, spec.cluster) == machine
         assert landlord.count(spec.cluster) == 1
-        listed = await landlord.cloud.list_all(PREFIX)
+        listed = await patiently(lambda: landlord.cloud.list_all(PREFIX))
         assert [found.cluster for found in listed if not is_gone(found)] == [spec.cluster]
-        assert await landlord.cloud.list_all("cic-nobodys-") == []
+        assert await patiently(lambda: landlord.cloud.list_all("cic-nobodys-")) == []
         await end(landlord, spec.cluster)
         assert landlord.count(spec.cluster) == 0
-        await landlord.cloud.end(spec.cluster)
-        assert is_gone(await landlord.cloud.find(spec.cluster))
+        await patiently(lambda: landlord.cloud.end(spec.cluster))
+        assert is_gone(await look(landlord, spec.cluster))
 
     async def test_ends_what_was_never_there(self, landlord: Landlord) -> None:
-        await landlord.cloud.end(f"{PREFIX}never")
-        assert await landlord.cloud.find(f"{PREFIX}never") is None
+        await patiently(lambda: landlord.cloud.end(f"{PREFIX}never"))
+        assert await look(landlord, f"{PREFIX}never") is None
 
     async def test_ends_a_machine_that_is_being_made(self, landlord: Landlord) -> None:
         spec = landlord.spec("half")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import httpx
 
@@ -80,10 +80,11 @@ class AwsRig:
         for region in _ZONES:
             filters = {"Filter.1.Name": "instance-state-name", "Filter.1.Value.1": "running"}
             filters |= {"Filter.1.Value.2": "pending", "Filter.1.Value.3": "stopped"}
-            page = self._call(region, "DescribeInstances", filters)
-            for item in page.split("<instanceId>")[1:]:
-                if cluster in item:
-                    found.append(re.split("<", item)[0])
+            page = ElementTree.fromstring(self._call(region, "DescribeInstances", filters))
+            for item in page.iterfind(".//{*}instancesSet/{*}item"):
+                tags = [tag.text or "" for tag in item.iterfind("{*}tagSet/{*}item/{*}value")]
+                if not cluster or any(cluster in tag for tag in tags):
+                    found.append(str(item.findtext("{*}instanceId")))
         return found
 
     def take(self, cluster: str) -> None:
