@@ -29,8 +29,10 @@ from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.clients.skypilot import SkyPilot
 from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
+from crosslogic.domain.certificates import join_token
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
@@ -40,6 +42,7 @@ from crosslogic.store import database
 from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.placement import PlacementStore
 from crosslogic.telemetry import configure_logging
 from crosslogic.trust import Trust
 from workflows.certificate_rotation import CertificateRotation
@@ -100,7 +103,9 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
     )
-    machines = CloudActivities(clouds, nodes, is_loopback_allowed=settings.is_dev)
+    machines = CloudActivities(
+        clouds, nodes, is_loopback_allowed=settings.is_dev, catalog=catalog, placement=PlacementStore(pool)
+    )
     probes = ProbeActivities(
         engine,
         nodes,
@@ -158,9 +163,16 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     await _until(stop, "search attributes", lambda: _ensure_search_attributes(client, settings))
     redis = hot.connect(settings)
     clouds: dict[str, Cloud] = {}
-    local: LocalCloud | None = None
+    secret = settings.node_secret
+    rented: list[LocalCloud | SkyPilot] = []
     if settings.cloud_provider == "local" or settings.local_cloud_token is not None:
-        clouds["local"] = local = LocalCloud.of(settings)
+        rented.append(local := LocalCloud.of(settings))
+        clouds["local"] = local
+    if settings.cloud_provider == "skypilot" or settings.agent_control_url:
+        rented.append(
+            skypilot := SkyPilot.of(settings, partial(join_token, secret.get_secret_value() if secret else ""))
+        )
+        clouds["skypilot"] = skypilot
     fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
     trusting = asyncio.create_task(fleet.trust.keep_fresh())
@@ -171,8 +183,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         trusting.cancel()
         with contextlib.suppress(Exception):
             await fleet.close()
-            if local is not None:
-                await local.close()
+            for cloud in rented:
+                await cloud.close()
             await redis.aclose()
             pool.terminate()
 

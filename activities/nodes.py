@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -29,10 +30,10 @@ from crosslogic.domain.node import (
     Node,
     NodeEvent,
     NodeState,
-    cheapest_gpu,
     check_endpoint,
     cluster_name,
 )
+from crosslogic.domain.placement import Gpus, fitting
 
 if TYPE_CHECKING:
     from crosslogic.hot.routes import RouteBoard
@@ -81,7 +82,10 @@ class NodeActivities:
         existing = await self._nodes.find(node_id)
         catalog = await self._catalog.load()
         if existing is not None:
-            return _spec_of_existing(existing, order.workflow_id, catalog)
+            spec = _spec_of_existing(existing, order.workflow_id, catalog)
+            asked = order.order
+            gpus = _gpus(asked, catalog.models[spec.model], spec.provider)
+            return replace(spec, gpus=gpus, clouds=asked.clouds, zone=asked.zone, engine=asked.engine)
         return self._choose(order, catalog)
 
     @activity.defn
@@ -184,7 +188,8 @@ class NodeActivities:
         for name in ("launch_timeout_s", "boot_timeout_s", "load_timeout_s", "drain_timeout_s"):
             if not (0 if name == "drain_timeout_s" else 1) <= getattr(asked, name) <= LONGEST_TIMEOUT_S:
                 raise Rejected(f"{name} must be a number of seconds up to {LONGEST_TIMEOUT_S}.", param=name)
-        gpu = asked.gpu or ("" if endpoint else NO_GPU if provider == LOCAL else cheapest_gpu(model.vram_gb))
+        gpus = [] if endpoint else _gpus(asked, model, provider)
+        gpu = gpus[0] if gpus else asked.gpu
         return NodeSpec(
             node_id=order.node_id,
             model=model.name,
@@ -193,13 +198,27 @@ class NodeActivities:
             provider=provider,
             gpu=gpu,
             spot=asked.spot and not endpoint,
-            cluster=cluster_name(provider, region, gpu or NO_GPU, asked.spot and not endpoint, order.node_id),
+            cluster=cluster_name(
+                provider, region, gpu.replace(":", "x") or NO_GPU, asked.spot and not endpoint, order.node_id
+            ),
             is_pinned=order.is_pinned,
             workflow_id=order.workflow_id,
             drain_timeout_s=asked.drain_timeout_s,
             endpoint=endpoint,
             kind=model.kind,
+            gpus=gpus,
+            clouds=asked.clouds,
+            zone=asked.zone,
+            engine=asked.engine,
         )
+
+
+def _gpus(asked: NodeProvisioningInput, model: Model, provider: str) -> list[str]:
+    """What may hold the model, as asked for, else the fewest GPUs of each kind that do. Raises Rejected."""
+    if provider == LOCAL:
+        return [asked.gpu or NO_GPU]
+    wanted = [asked.gpu] * bool(asked.gpu) + asked.gpus
+    return [str(Gpus.read(text)) for text in wanted] or [str(gpus) for gpus in fitting(model.vram_gb)]
 
 
 def _parse_node_id(text: str) -> UUID:

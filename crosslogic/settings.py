@@ -102,6 +102,37 @@ class Settings(BaseSettings):
     local_cloud_url: str = Field(default="http://127.0.0.1:8790", description="The local cloud's API (dev mode).")
     local_cloud_token: SecretStr | None = Field(default=None, description="Bearer token of the local cloud's API.")
     skypilot_url: str = Field(default="http://127.0.0.1:46580", description="SkyPilot's API server.")
+    skypilot_token: SecretStr | None = Field(
+        default=None, description="Service account token of SkyPilot's API server, if it wants one."
+    )
+    skypilot_user: str = Field(
+        default="crosslogic",
+        min_length=1,
+        max_length=64,
+        description="As whom SkyPilot launches: part of every machine's name in its cloud, so it must stay the same.",
+    )
+    node_engine: Literal["vllm", "sglang", "llamacpp", "custom"] = Field(
+        default="vllm",
+        description="What serves on a rented node, unless its order says otherwise; `llamacpp` needs no GPU, `custom` "
+        "is `node_engine_command`.",
+    )
+    node_engine_command: str = Field(
+        default="",
+        max_length=4000,
+        description="Shell command of a `custom` engine: serves OpenAI's API on 127.0.0.1:8000 with "
+        "$ENGINE_API_KEY as its API key.",
+    )
+    node_scheme: Literal["https", "http"] = Field(
+        default="https", description="How rented nodes are reached; `http` is for loopback in dev mode."
+    )
+    vllm_version: str = Field(default="0.32.0", max_length=40, description="The vLLM that rented nodes install.")
+    sglang_version: str = Field(default="0.5.5", max_length=40, description="The SGLang that rented nodes install.")
+    agent_control_url: str = Field(
+        default="", description="Where a rented node's agent finds this API, e.g. https://api.example.com."
+    )
+    hugging_face_token: SecretStr | None = Field(
+        default=None, description="Token with which rented nodes fetch gated weights."
+    )
     stripe_url: str = Field(default="", description="Where Stripe's API is, if not at Stripe; for tests.")
     stripe_api_key: SecretStr | None = Field(default=None, description="Stripe secret key; billing is off without one.")
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from api.admin.catalog import resolve_model
 from api.admin.context import ACTOR, Admin, AdminRoute
 from api.admin.schemas import After, Body, Label, Limit, Page, after_uuid, page
+from crosslogic.clients.skypilot import SkyPilot, no_join_token
 from crosslogic.contracts import names
 from crosslogic.contracts.node import JOINED, NodeLifecycleInput, NodeProvisioningInput, NodeSpec
 from crosslogic.domain import ids
@@ -48,6 +49,9 @@ class NodeOut(BaseModel):
     endpoint: str | None
     capacity_tokens_per_s: int = Field(description="Measured when it was admitted; 0: unknown.")
     price_microdollars_per_h: int = Field(description="What it costs while it runs; 0: unknown.")
+    cloud: str = Field(description="Whose machine it is, once it runs; empty for one that is not rented.")
+    zone: str = Field(description="The cloud's name of it.")
+    instance_type: str
     generation: int
     workflow_id: str = Field(description="The workflow that is responsible for it now.")
     created_at: datetime
@@ -56,12 +60,30 @@ class NodeOut(BaseModel):
     ended_at: datetime | None
 
 
+class NodeCost(BaseModel):
+    """What a rented machine has cost, by SkyPilot's own account."""
+
+    cluster: str = Field(description="The machine's name in its cloud.")
+    place: str = Field(description="cloud/region/zone", examples=["aws/us-east-1/us-east-1a"])
+    machine: str = Field(description="Its type, else its GPUs.", examples=["g6.xlarge"])
+    is_spot: bool
+    is_running: bool
+    duration_s: int
+    cost_microdollars: int
+
+
+class NodeCosts(BaseModel):
+    """The dearest first."""
+
+    data: list[NodeCost]
+
+
 class NodeIn(Body):
     """A node to start."""
 
     model: ModelName
     region: RegionName
-    gpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$", description="Empty: the cheapest that fits.")] = ""
+    gpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{0,64}$", description="Empty: the cheapest that fits.")] = ""
     spot: bool = Field(default=True, strict=True, description="A spot machine, which the cloud may take back.")
     drain_timeout_s: int = Field(default=120, strict=True, ge=1, le=86_400)
     node_id: NewNodeId = None
@@ -127,6 +149,33 @@ async def list_nodes(
         limit=limit + 1,
     )
     return page(rows, limit, _show_node, lambda node: node.id)
+
+
+@router.get("/nodes/costs")
+async def list_costs(
+    admin: Admin, days: Annotated[int, Query(ge=1, le=365, description="Of machines that ran within so many.")] = 30
+) -> NodeCosts:
+    """What rented machines have cost, ended ones too."""
+    client = SkyPilot.of(admin.settings, no_join_token)
+    try:
+        costs = await client.costs(days=days)
+    finally:
+        await client.close()
+    return NodeCosts(
+        data=[
+            NodeCost(
+                cluster=cost.cluster,
+                place=cost.place.infra,
+                machine=cost.place.instance_type or cost.place.gpu,
+                is_spot=cost.place.is_spot,
+                is_running=cost.is_running,
+                duration_s=cost.duration_s,
+                cost_microdollars=cost.cost_microdollars,
+            )
+            for cost in sorted(costs, key=lambda cost: -cost.cost_microdollars)
+            if cost.cluster.startswith("cic-")
+        ]
+    )
 
 
 @router.get("/nodes/{node_id}")
@@ -275,6 +324,9 @@ def _show_node(node: Node) -> NodeOut:
         endpoint=node.endpoint,
         capacity_tokens_per_s=node.capacity_tokens_per_s,
         price_microdollars_per_h=node.price_microdollars_per_h,
+        cloud=node.cloud,
+        zone=node.zone,
+        instance_type=node.instance_type,
         generation=node.generation,
         workflow_id=node.workflow_id,
         created_at=node.created_at,

@@ -12,6 +12,7 @@ from crosslogic.cli.tenancy import Most
 app = typer.Typer(no_args_is_help=True)
 
 COLUMNS = ("id", "state", "model", "region", "deployment", "provider", "is_pinned", "reason", "changed_at")
+COST_COLUMNS = ("cluster", "place", "machine", "is_spot", "is_running", "hours", "dollars")
 
 # `{port}` is filled in by the agent; the key that the engine must ask for comes in its environment.
 COMMANDS = {
@@ -142,6 +143,24 @@ def price_node(
     """Say what a node costs by the hour: `cost-weighted` deployments fill cheaper ones first."""
     node = session.send("PATCH", f"/nodes/{node_id}", {"price_microdollars_per_h": microdollars_per_h})
     session.say(node, f"Node {node_id} costs ${microdollars_per_h / 1_000_000:g} an hour.")
+
+
+@command(app, "cost")
+def cost_nodes(
+    session: Session,
+    days: Annotated[int, typer.Option(min=1, max=365, help="Of machines that ran within so many.")] = 30,
+    limit: Most = 100,
+) -> None:
+    """Show what rented machines have cost, by SkyPilot's own account, the dearest first; ended ones too."""
+    rows = [
+        {
+            **row,
+            "hours": round(row["duration_s"] / 3600, 2),
+            "dollars": f"{row['cost_microdollars'] / 1_000_000:.4f}",
+        }
+        for row in session.get("/nodes/costs", days=days)["data"][:limit]
+    ]
+    session.show_table(rows, COST_COLUMNS, "SkyPilot has rented nothing for us in that time.")
 
 
 @command(app, "drain")

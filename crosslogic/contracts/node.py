@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from crosslogic.domain.placement import Place
+
 # The provider of a node that exists already: there is no cloud behind it.
 JOINED = "joined"
 
@@ -23,6 +25,10 @@ class NodeProvisioningInput:
     boot_timeout_s: int = 600
     load_timeout_s: int = 1800
     drain_timeout_s: int = 120
+    gpus: list[str] = field(default_factory=list[str])  # Further choices beside `gpu`: NAME or NAME:COUNT, or `cpu`.
+    clouds: list[str] = field(default_factory=list[str])  # Empty: all that are connected. Otherwise `aws`, `gcp`, …
+    zone: str = ""  # Empty: any. Otherwise the cloud's name of one.
+    engine: str = ""  # Empty: the configured one. Otherwise `vllm`, `sglang`, `llamacpp` or `custom`.
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class NodeSpec:
     drain_timeout_s: int = 120
     endpoint: str = ""  # Only for a node that exists already (joined): there is no cloud behind it.
     kind: str = "chat"  # The model's kind in the catalog: how its engine must be started.
+    gpus: list[str] = field(default_factory=list[str])  # What may hold the model, in the order of the wish.
+    clouds: list[str] = field(default_factory=list[str])
+    zone: str = ""
+    engine: str = ""
+    places: list[Place] = field(default_factory=list[Place])  # Where to try, best first; chosen when it is launched.
 
 
 @dataclass(frozen=True)
@@ -125,12 +136,19 @@ class NodeLifecycleResult:
 
 @dataclass(frozen=True)
 class Machine:
-    """A cloud's answer about one machine. `status` is a `MachineStatus` value; `endpoint` is empty until it has one."""
+    """A cloud's answer about one machine. `status` is a `MachineStatus` value; `endpoint` is empty until it has one.
+
+    `failure` is the code of a `Rejected`: the machine will never serve, whatever its status; it may still cost money.
+    """
 
     cluster: str
     status: str
     endpoint: str = ""
     reason: str = ""
+    failure: str = ""
+    is_order_lost: bool = False  # The cloud has broken the order off, and carries it out only if it is given again.
+    has_endpoints: bool = True  # False: this cloud knows no addresses; the node's agent says where it is.
+    place: Place | None = None  # Where it runs and what it costs there, once the cloud says.
 
 
 @dataclass(frozen=True)

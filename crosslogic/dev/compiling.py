@@ -55,7 +55,9 @@ def what_is_missing() -> str:
     """What a build needs and this machine lacks, and how to get it; empty when all is there."""
     program = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
     if shutil.which(program) is None:
-        return f"There is no C compiler ({program}). On Debian: apt-get install gcc. Without one the API runs uncompiled."
+        return (
+            f"There is no C compiler ({program}). On Debian: apt-get install gcc. Without one the API runs uncompiled."
+        )
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         return f"{header} is missing. On Debian: apt-get install python3-dev. Without it the API runs uncompiled."

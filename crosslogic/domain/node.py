@@ -148,6 +148,10 @@ class Node:
     price_microdollars_per_h: int = 0
     org_id: UUID | None = None
     has_agent: bool = False
+    cloud: str = ""
+    cloud_region: str = ""
+    zone: str = ""
+    instance_type: str = ""
 
     @property
     def node_id(self) -> str:
@@ -185,21 +189,6 @@ def cluster_name(provider: str, region: str, gpu: str, is_spot: bool, node_id: s
     ten characters (50 random bits).
     """
     return f"cic-{provider}-{region}-{gpu.lower()}-{'spot' if is_spot else 'od'}-{node_id[-10:]}"
-
-
-# GPUs that nodes are rented with, cheapest first, and how much memory each has in GB. A model's VRAM_GB in the catalog
-# says what its weights and a working KV cache need.
-GPUS: tuple[tuple[str, int], ...] = (("T4", 16), ("L4", 24), ("A100", 40), ("A100-80GB", 80), ("H200", 141))
-
-
-def cheapest_gpu(vram_gb: int) -> str:
-    """The cheapest GPU that holds a model. Raises Rejected when none does."""
-    for gpu, memory_gb in GPUS:
-        if memory_gb >= vram_gb:
-            return gpu
-    raise Rejected(
-        f"No single GPU that we know holds {vram_gb} GB; name one in the field gpu.", code="no_gpu", param="gpu"
-    )
 
 
 def check_endpoint(url: str, *, is_loopback_allowed: bool) -> str:

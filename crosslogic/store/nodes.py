@@ -12,6 +12,7 @@ from crosslogic.domain.deployment import Replica
 from crosslogic.domain.errors import InvariantViolated, Rejected
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, Node, NodeEvent, NodeState, RouteEntry, advance, sources_of
+from crosslogic.domain.placement import Place
 from crosslogic.store.audit import AuditStore
 
 
@@ -65,6 +66,14 @@ class NodeStore:
         UPDATE nodes SET price_microdollars_per_h = $2, generation = generation + 1, changed_at = now()
         WHERE id = $1 AND price_microdollars_per_h <> $2
         RETURNING *
+    """
+    SETTLE = """
+        UPDATE nodes
+        SET cloud = $2, cloud_region = $3, zone = $4, instance_type = $5, gpu = coalesce(nullif($6, ''), gpu),
+            price_microdollars_per_h = CASE WHEN $7 > 0 THEN $7 ELSE price_microdollars_per_h END,
+            generation = generation + 1, changed_at = now()
+        WHERE id = $1
+          AND (cloud, cloud_region, zone, instance_type) IS DISTINCT FROM ($2::text, $3::text, $4::text, $5::text)
     """
     # No new generation: nothing that is routed by has changed.
     HAND_OVER = "UPDATE nodes SET workflow_id = $2 WHERE id = $1 AND workflow_id <> $2"
@@ -194,6 +203,19 @@ class NodeStore:
                     details={"price_microdollars_per_h": price_microdollars_per_h},
                 )
         return await self.get(node_id) if row is None else _node(row)
+
+    async def settle(self, node_id: UUID, place: Place) -> None:
+        """Write down where the node's machine is and what it costs there. Repeating it changes nothing."""
+        await self._pool.execute(
+            self.SETTLE,
+            node_id,
+            place.cloud,
+            place.region,
+            place.zone,
+            place.instance_type,
+            place.gpu,
+            place.price_microdollars_per_h,
+        )
 
     async def hand_over(self, node_id: UUID, workflow_id: str) -> None:
         """Name the workflow that is responsible for the node from now on."""

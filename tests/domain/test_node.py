@@ -15,7 +15,6 @@ from crosslogic.domain.node import (
     NodeState,
     RouteEntry,
     advance,
-    cheapest_gpu,
     check_endpoint,
     cluster_name,
     sources_of,
@@ -84,16 +83,6 @@ class TestClusterName:
         assert name.startswith("cic-aws-ap-southeast-a100-80gb-spot-")
         assert len(name) <= 63
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
-
-
-class TestCheapestGpu:
-    @pytest.mark.parametrize(("vram_gb", "gpu"), [(2, "T4"), (16, "T4"), (17, "L4"), (80, "A100-80GB"), (81, "H200")])
-    def test_holds_the_model(self, vram_gb: int, gpu: str) -> None:
-        assert cheapest_gpu(vram_gb) == gpu
-
-    def test_says_when_none_does(self) -> None:
-        with pytest.raises(Rejected, match="name one in the field gpu"):
-            cheapest_gpu(1000)
 
 
 class TestCheckEndpoint:

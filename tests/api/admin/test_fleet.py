@@ -50,7 +50,13 @@ READY = (NodeEvent.LAUNCH, NodeEvent.BOOT, NodeEvent.LOAD, NodeEvent.ADMIT)
 @pytest.fixture
 def fleet_settings(settings: Settings, temporal_server: Temporal, task_queue: str) -> Settings:
     """With a Temporal, and a task queue that nobody else looks at."""
-    return settings.model_copy(update={"temporal_address": temporal_server.address, "fleet_task_queue": task_queue})
+    return settings.model_copy(
+        update={
+            "temporal_address": temporal_server.address,
+            "fleet_task_queue": task_queue,
+            "skypilot_url": "http://127.0.0.1:1",
+        }
+    )
 
 
 @pytest.fixture
@@ -456,3 +462,13 @@ class TestUsage:
     )
     def test_a_span_that_cannot_be(self, empty: httpx.Client, query: Any) -> None:
         assert empty.get("/usage", params=query).status_code == 400
+
+
+class TestCosts:
+    def test_of_a_skypilot_that_is_away_are_unavailable(self, fleet: httpx.Client) -> None:
+        answer = fleet.get("/nodes/costs")
+        assert answer.status_code == 503
+        assert "SkyPilot's API server did not answer" in answer.json()["error"]["message"]
+
+    def test_are_those_of_a_year_at_most(self, fleet: httpx.Client) -> None:
+        assert fleet.get("/nodes/costs", params={"days": 366}).status_code == 400
