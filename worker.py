@@ -15,12 +15,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import asyncpg
+import redis.asyncio as aioredis
 from pydantic import ValidationError
 from temporalio.client import Client
 from temporalio.worker import Interceptor, Worker
 
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
+from activities.interruptions import InterruptionActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
@@ -31,11 +33,14 @@ from crosslogic.clients.local_cloud import LocalCloud
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
+from crosslogic.hot.heartbeats import HeartbeatBoard
+from crosslogic.hot.passive import PassiveBoard
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.preemptions import PreemptionStore
 from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
@@ -68,11 +73,12 @@ class Fleet:
     close: Callable[[], Awaitable[None]]
 
 
-def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
+def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], redis: aioredis.Redis) -> Fleet:
     """Put activities together from their clients."""
     secret = settings.node_secret
     engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
+    board = RouteBoard(redis, settings.redis_prefix)
     writer = NodeActivities(
         nodes,
         catalog,
@@ -87,12 +93,18 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         nodes,
         clouds,
         board,
-        policy=HealthPolicy(silence_s=settings.silence_s),
+        catalog,
+        HeartbeatBoard(redis, settings.redis_prefix),
+        PassiveBoard(redis, settings.redis_prefix),
+        policy=HealthPolicy.scaled(settings.silence_s),
         probe_interval_s=settings.probe_interval_s,
         cloud_interval_s=settings.cloud_interval_s,
+        generation_interval_s=settings.generation_interval_s,
+        generation_timeout_s=settings.generation_timeout_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
-    held = (writer, machines, probes, deployments)
+    interruptions = InterruptionActivities(PreemptionStore(pool))
+    held = (writer, machines, probes, deployments, interruptions)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
 
 
@@ -140,7 +152,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     local: LocalCloud | None = None
     if settings.cloud_provider == "local" or settings.local_cloud_token is not None:
         clouds["local"] = local = LocalCloud.of(settings)
-    fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
+    fleet = assemble(settings, pool, clouds, redis)
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
     try:
         await _work(client, settings, fleet, stop)

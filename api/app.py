@@ -36,6 +36,7 @@ from api.inference.relayed import Deadlines
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
 from api.inference.tracing import Tracer
+from api.passive import PassiveView
 from api.usage import summarize
 from crosslogic import telemetry
 from crosslogic.clients import temporal
@@ -45,6 +46,7 @@ from crosslogic.domain.ids import encode
 from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
 from crosslogic.hot.limits import LimitBook
+from crosslogic.hot.passive import PassiveBoard
 from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.new_ids import new_id
@@ -142,6 +144,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         table=table,
         inference=inference,
     )
+    passive = PassiveView(table, PassiveBoard(redis, settings.redis_prefix), encode(new_id()))
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
     app.state.observe = partial(_observe, observer, table, relay, admission, usage_log, book)
@@ -159,6 +162,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         limits.keep_renewing(),
         relay.keep_progress(),
         table.keep_probing(),
+        passive.keep_telling(),
         observer.keep_measuring(),
     ]
     tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]

@@ -12,8 +12,10 @@ DEPLOYMENT_SCALING = "DeploymentScaling"
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
 LOOK_AGAIN = "look_again"
+# The cloud has said that it will take the node's machine.
+SPOT_NOTICE = "spot_notice"
 # Signals that may carry a text, shown as the reason of what follows. All others carry nothing.
-SIGNALS_WITH_A_REASON = frozenset({DRAIN})
+SIGNALS_WITH_A_REASON = frozenset({DRAIN, SPOT_NOTICE})
 
 # Queries.
 STATE = "state"

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
+import redis.asyncio as aioredis
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
@@ -181,6 +182,7 @@ class FleetUnderTest:
     client: Client
     task_queue: str
     pool: asyncpg.Pool
+    redis: aioredis.Redis
     cloud: MadeUpCloud
     board: RouteBoard
     nodes: NodeStore
@@ -292,10 +294,10 @@ async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
     redis = hot.connect(settings)
     board = RouteBoard(redis, settings.redis_prefix)
     cloud = MadeUpCloud()
-    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, board)
+    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, redis)
     task_queue = settings.fleet_task_queue
     try:
-        yield FleetUnderTest(settings, client, task_queue, pool, cloud, board, NodeStore(pool), fleet)
+        yield FleetUnderTest(settings, client, task_queue, pool, redis, cloud, board, NodeStore(pool), fleet)
     finally:
         await terminate_all(client, task_queue)
         cloud.stop()
@@ -305,7 +307,14 @@ async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
 
 
 # Fast enough for tests; the ratios are those of the defaults.
-FAST = {"probe_interval_s": 0.2, "probe_timeout_s": 1.0, "silence_s": 1.5, "cloud_interval_s": 0.5}
+FAST = {
+    "probe_interval_s": 0.2,
+    "probe_timeout_s": 1.0,
+    "generation_interval_s": 0.8,
+    "generation_timeout_s": 1.0,
+    "silence_s": 1.5,
+    "cloud_interval_s": 0.5,
+}
 
 
 @contextlib.asynccontextmanager
