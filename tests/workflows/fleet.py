@@ -43,7 +43,11 @@ class EngineServer:
 
     def __init__(self) -> None:
         self.is_well = True
+        self.is_mute = False  # It accepts connections and never says a word.
         self.can_generate = True
+        self.is_full = False  # It refuses generations for its load.
+        self.progress = 0  # Tokens that it says it has made so far.
+        self.grows_by = 0  # Tokens more at every look at its metrics.
         self.has_metrics = True
         self.load = 0
         self.requests: list[str] = []
@@ -73,6 +77,8 @@ class EngineServer:
             await reader.readexactly(length)
             path = head.split(" ")[1]
             self.requests.append(path)
+            if self.is_mute:
+                await reader.read()
             status, body = self._answer(path)
             writer.write(
                 f"HTTP/1.1 {status} X\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
@@ -88,7 +94,11 @@ class EngineServer:
         if path == "/metrics":
             if not self.has_metrics:
                 return 404, b""
-            return 200, f"llamacpp:requests_processing {self.load}\nllamacpp:requests_deferred 0\n".encode()
+            self.progress += self.grows_by
+            progress = f"llamacpp:tokens_predicted_total {self.progress}\n"
+            return 200, f"llamacpp:requests_processing {self.load}\nllamacpp:requests_deferred 0\n{progress}".encode()
+        if self.is_full:
+            return 429, b"{}"
         if not self.can_generate:
             return 500, b"{}"
         usage = {"prompt_tokens": 5, "completion_tokens": 24}
