@@ -192,6 +192,12 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
     """One round of `keep_entities`. Raises what the servers that are away raise."""
     catalog = await fleet.catalog.load()
     await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+    return await keep_nodes_once(entities, fleet)
+
+
+async def keep_nodes_once(entities: Entities, fleet: Fleet) -> Kept:
+    """The nodes' part of `keep_entities_once`."""
+    catalog = await fleet.catalog.load()
     return await entities.keep_nodes(
         await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
     )

@@ -23,6 +23,8 @@ from temporalio.worker import Worker
 
 import worker as fleet_worker
 from crosslogic.clients import temporal
+from crosslogic.clients.engine import EngineClient
+from crosslogic.clients.entities import Entities
 from crosslogic.contracts import names
 from crosslogic.contracts.node import Machine, NodeProvisioningInput, NodeSpec
 from crosslogic.domain.errors import Rejected
@@ -45,6 +47,7 @@ class EngineServer:
         self.is_well = True
         self.is_mute = False  # It accepts connections and never says a word.
         self.can_generate = True
+        self.refusals = 0  # So many requests it fails, then it is well.
         self.is_full = False  # It refuses generations for its load.
         self.progress = 0  # Tokens that it says it has made so far.
         self.grows_by = 0  # Tokens more at every look at its metrics.
@@ -87,6 +90,9 @@ class EngineServer:
         writer.close()
 
     def _answer(self, path: str) -> tuple[int, bytes]:
+        if self.refusals:
+            self.refusals -= 1
+            return 503, b"{}"
         if not self.is_well:
             return 503, b"{}"
         if path == "/health":
@@ -211,6 +217,16 @@ class FleetUnderTest:
         result = await (await self.provision(**fields)).result()
         assert result["state"] == "ready"
         return await self.nodes.get(NODE.parse(result["node_id"]))
+
+    @property
+    def fleet_engine(self) -> EngineClient:
+        """A client of engines with the fleet's own secret."""
+        secret = self.settings.node_secret
+        return EngineClient(secret.get_secret_value() if secret else "", self.settings.probe_timeout_s)
+
+    async def adopt_all(self) -> None:
+        """Give every node that serves its lifecycle, as the worker's keeper does."""
+        await fleet_worker.keep_nodes_once(Entities(self.client, self.task_queue, grace_s=0.0), self.fleet)
 
     def lifecycle(self, node: Node) -> WorkflowHandle[Any, Any]:
         return self.client.get_workflow_handle(names.node_workflow_id(node.node_id))
