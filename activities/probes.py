@@ -285,9 +285,7 @@ class ProbeActivities:
             if now - read_at >= self._probe_interval_s:
                 read_at = now
                 alive = await self._nodes.list_alive(watch.region)
-                serving = {
-                    node.node_id: node for node in alive if node.state in (NodeState.READY, NodeState.DRAINING)
-                }
+                serving = {node.node_id: node for node in alive if node.state in (NodeState.READY, NodeState.DRAINING)}
                 await self._mend_board(watch.region, alive)
             memory.keep(serving, now)
             if now - asked_cloud_at >= self._cloud_interval_s:

@@ -184,7 +184,8 @@ class RegionMemory:
             ),
             self._policy,
         )
-        if judgement.verdict is Verdict.SUSPECT and memory.failed_polls == 1 and len(judgement.against) == 1:
+        is_first = memory.failed_polls + memory.failed_generations == 1
+        if judgement.verdict is Verdict.SUSPECT and is_first and len(judgement.against) == 1:
             # One missed poll is no news; the next one, a second later, tells.
             judgement = Judgement(Verdict.HEALTHY, judgement.reason)
         memory.judgement = judgement

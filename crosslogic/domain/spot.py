@@ -77,9 +77,7 @@ def hazards(
     for place in exposure_hours.keys() | {preemption.place for preemption in history}:
         sisters = _of(history, place.cloud, place.gpu)
         sisters_hours = sum(
-            hours
-            for other, hours in exposure_hours.items()
-            if (other.cloud, other.gpu) == (place.cloud, place.gpu)
+            hours for other, hours in exposure_hours.items() if (other.cloud, other.gpu) == (place.cloud, place.gpu)
         )
         inherited = Prior(hazard_per_hour(sisters, sisters_hours, prior), prior.weight_hours)
         own = [preemption for preemption in sisters if preemption.place == place]

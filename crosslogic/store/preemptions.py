@@ -50,7 +50,11 @@ class PreemptionStore:
         """The preemptions of the last days, newest first, at most `MOST`."""
         return [
             Preemption(
-                Place(row["cloud"], row["zone"], row["gpu"]), row["region"], row["at"], row["had_notice"], row["lived_s"]
+                Place(row["cloud"], row["zone"], row["gpu"]),
+                row["region"],
+                row["at"],
+                row["had_notice"],
+                row["lived_s"],
             )
             for row in await self._pool.fetch(self.SELECT_RECENT, days, self.MOST)
         ]

@@ -33,7 +33,9 @@ class TestHazard:
             hazard_per_hour([], -1.0, PRIOR)
 
     @given(st.integers(0, 200), st.floats(0, 1e5), st.floats(1e-4, 10), st.floats(0.1, 1e4))
-    def test_lies_between_the_prior_and_what_was_seen(self, times: int, hours: float, rate: float, weight: float) -> None:
+    def test_lies_between_the_prior_and_what_was_seen(
+        self, times: int, hours: float, rate: float, weight: float
+    ) -> None:
         found = hazard_per_hour(taken("a", times), hours, Prior(rate, weight))
         seen = times / hours if hours else float("inf") if times else rate
         assert min(rate, seen) * (1 - 1e-9) <= found <= max(rate, seen) * (1 + 1e-9)

@@ -203,9 +203,7 @@ class TestReports:
         await watcher.until(lost, "lost")
         await watcher.until(silent, "broken", within_s=8)
 
-    async def test_come_again_while_it_lasts(
-        self, idle_fleet: FleetUnderTest, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_come_again_while_it_lasts(self, idle_fleet: FleetUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
         """The nudge may have been lost."""
         monkeypatch.setattr("activities.watches.TELL_AGAIN_S", 0.5)
         node = await add_node(idle_fleet)
@@ -219,21 +217,22 @@ class TestStorm:
     @pytest.mark.chaos
     async def test_of_a_hundred_deaths_at_once(self, fleet: FleetUnderTest) -> None:
         """F1, F4, T3: each is found, ended and remembered once, and no history grows long."""
-        nodes = [await add_node(fleet, is_spot=True, deployment=None) for _ in range(100)]
+        # Nobody keeps this promise, so that the storm is all there is.
+        await fleet.add_deployment("stormy")
+        nodes = [await add_node(fleet, is_spot=True, deployment="stormy") for _ in range(100)]
         await fleet.adopt_all()
         watch = await fleet.watch()
         for node in nodes:
             fleet.cloud.take(node.cluster)
 
         async def all_lost() -> bool:
-            states = {node.id: node.state for node in await fleet.nodes.list_all()}
-            return all(states[node.id] is NodeState.LOST for node in nodes)
+            await asyncio.sleep(0.5)
+            return {node.state for node in await fleet.nodes.list_all()} == {NodeState.LOST}
 
-        await fleet.until("all are lost", all_lost, within_s=120)
+        await fleet.until("all are lost", all_lost, within_s=400)
         assert (await watch.describe()).history_length < MOST_EVENTS + 1_000
         assert await fleet.pool.fetchval("SELECT count(*) FROM preemptions") == 100
-        # Each had one successor, and no more.
-        assert len(await fleet.nodes.list_all(1000)) == 200
+        await fleet.check_books()
 
     async def test_of_silence_everywhere_is_taken_for_our_own(self, fleet: FleetUnderTest) -> None:
         """The cloud says that the machines run: it is us who are cut off, so nothing ends for a while."""
