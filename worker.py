@@ -134,7 +134,8 @@ def make_worker(
         max_heartbeat_throttle_interval=timedelta(seconds=2),
         default_heartbeat_throttle_interval=timedelta(seconds=2),
         graceful_shutdown_timeout=GRACEFUL_SHUTDOWN,
-        max_cached_workflows=1_000,
+        # A node's, and some to spare: one that is not cached is read again from its beginning.
+        max_cached_workflows=2_000,
         max_concurrent_workflow_tasks=50,
         max_concurrent_activities=500,
     )

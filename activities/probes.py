@@ -313,7 +313,7 @@ class ProbeActivities:
             await asyncio.sleep(max(0.05, now + tick_s - loop.time()))
 
     async def _poll(self, node: Node, kind: str, *, has_to_generate: bool) -> Poll:
-        """Ask an engine for a sign of life, or for one token: the engine that cannot generate answers `/health`, too."""
+        """Ask an engine for a sign of life, or for one token: one that cannot generate may say that it is well."""
         if not has_to_generate:
             return Poll(await self._is_answering(node))
         try:

@@ -34,6 +34,7 @@ TELL_AGAIN_S = 30.0
 # A memory that was not used for so many poll intervals is another's by now: it is built up again.
 STALE_INTERVALS = 4.0
 
+_WELL = Judgement(Verdict.HEALTHY, "the engine answers")
 _ACTED_ON = frozenset({Verdict.ILL, Verdict.BROKEN, Verdict.LOST, Verdict.INTERRUPTED})
 
 
@@ -63,7 +64,7 @@ class NodeMemory:
     is_being_polled: bool = False
     standing: Standing = field(default_factory=Standing)
     told_at: float = float("-inf")
-    judgement: Judgement = Judgement(Verdict.HEALTHY, "the engine answers")
+    judgement: Judgement = _WELL
 
 
 class RegionMemory:

@@ -42,7 +42,7 @@ from workflows.steps import (
     unstoppable,
 )
 
-# FleetHealth nudges at any change, and again while it lasts; this is for a node that no watch sees. Each look is a dozen
+# FleetHealth nudges at any change, and again while it lasts; this is for a node that no watch sees. A look is a dozen
 # events, so that a thousand nodes at rest write seven a second.
 SAFETY_LOOK = timedelta(minutes=30)
 # A node that is joined is up already: these are for its first answer and its first generation.

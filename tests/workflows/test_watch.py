@@ -35,7 +35,7 @@ async def add_node(fleet: FleetUnderTest, **fields: Any) -> Node:
     fleet.cloud.engines[cluster] = engine
     fleet.cloud.machines[cluster] = Machine(cluster, MachineStatus.RUNNING, engine.endpoint)
     values: dict[str, Any] = {"model": "llama-3-8b", "region": "in-mumbai", "provider": "local", **fields}
-    await fleet.nodes.intend(
+    node = await fleet.nodes.intend(
         Intent(id=node_id, cluster=cluster, workflow_id=names.node_workflow_id(shown), drain_timeout_s=5, **values)
     )
     for event in READY:
