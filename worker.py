@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import asyncpg
+import redis.asyncio as aioredis
 from pydantic import ValidationError
 from temporalio.client import Client
 from temporalio.worker import Interceptor, Worker
@@ -22,6 +23,7 @@ from temporalio.worker import Interceptor, Worker
 from activities.authority import AuthorityActivities
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
+from activities.interruptions import InterruptionActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
@@ -36,6 +38,8 @@ from crosslogic.domain.certificates import join_token
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
+from crosslogic.hot.heartbeats import HeartbeatBoard
+from crosslogic.hot.passive import PassiveBoard
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
@@ -43,6 +47,7 @@ from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.placement import PlacementStore
+from crosslogic.store.preemptions import PreemptionStore
 from crosslogic.telemetry import configure_logging
 from crosslogic.trust import Trust
 from workflows.certificate_rotation import CertificateRotation
@@ -88,13 +93,14 @@ class Fleet:
     trust: Trust
 
 
-def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
+def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], redis: aioredis.Redis) -> Fleet:
     """Put activities together from their clients."""
     secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
     agents = AgentStore(pool)
     trust = Trust(agents, secret, "worker.crosslogic.internal", lambda: datetime.now(UTC))
     engine = EngineClient(secret, settings.probe_timeout_s, trust=trust, guard=settings.refuse_address)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
+    board = RouteBoard(redis, settings.redis_prefix)
     writer = NodeActivities(
         nodes,
         catalog,
@@ -111,13 +117,19 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         nodes,
         clouds,
         board,
-        policy=HealthPolicy(silence_s=settings.silence_s),
+        catalog,
+        HeartbeatBoard(redis, settings.redis_prefix),
+        PassiveBoard(redis, settings.redis_prefix),
+        policy=HealthPolicy.scaled(settings.silence_s),
         probe_interval_s=settings.probe_interval_s,
         cloud_interval_s=settings.cloud_interval_s,
+        generation_interval_s=settings.generation_interval_s,
+        generation_timeout_s=settings.generation_timeout_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
     authority = AuthorityActivities(trust, agents)
-    held = (writer, machines, probes, deployments, authority)
+    interruptions = InterruptionActivities(PreemptionStore(pool))
+    held = (writer, machines, probes, deployments, authority, interruptions)
     activities = [method for one in held for method in activities_of(one)]
     return Fleet(nodes, catalog, activities, engine.close, trust)
 
@@ -148,7 +160,8 @@ def make_worker(
         max_heartbeat_throttle_interval=timedelta(seconds=2),
         default_heartbeat_throttle_interval=timedelta(seconds=2),
         graceful_shutdown_timeout=GRACEFUL_SHUTDOWN,
-        max_cached_workflows=1_000,
+        # A node's, and some to spare: one that is not cached is read again from its beginning.
+        max_cached_workflows=2_000,
         max_concurrent_workflow_tasks=50,
         max_concurrent_activities=500,
     )
@@ -169,11 +182,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         rented.append(local := LocalCloud.of(settings))
         clouds["local"] = local
     if settings.cloud_provider == "skypilot" or settings.agent_control_url:
-        rented.append(
-            skypilot := SkyPilot.of(settings, partial(join_token, secret.get_secret_value() if secret else ""))
-        )
+        token_of = partial(join_token, secret.get_secret_value() if secret else "")
+        rented.append(skypilot := SkyPilot.of(settings, token_of))
         clouds["skypilot"] = skypilot
-    fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
+    fleet = assemble(settings, pool, clouds, redis)
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
     trusting = asyncio.create_task(fleet.trust.keep_fresh())
     try:
@@ -215,6 +227,12 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
     """One round of `keep_entities`. Raises what the servers that are away raise."""
     catalog = await fleet.catalog.load()
     await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+    return await keep_nodes_once(entities, fleet)
+
+
+async def keep_nodes_once(entities: Entities, fleet: Fleet) -> Kept:
+    """The nodes' part of `keep_entities_once`."""
+    catalog = await fleet.catalog.load()
     return await entities.keep_nodes(
         await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
     )

@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from temporalio import activity
 
 from activities.cloud import Cloud, is_gone
+from activities.watches import Poll, RegionMemory
 from crosslogic.contracts.node import (
     JOINED,
     Machine,
@@ -23,13 +24,27 @@ from crosslogic.contracts.node import (
     RegionWatch,
 )
 from crosslogic.domain.errors import Rejected, Unavailable
-from crosslogic.domain.health import HealthPolicy, MachineStatus, Signals, Verdict, judge
+from crosslogic.domain.health import (
+    SEVERITY,
+    Course,
+    HealthPolicy,
+    MachineStatus,
+    RequestView,
+    Signals,
+    Verdict,
+    combine,
+    judge,
+)
+from crosslogic.domain.heartbeat import Heartbeat
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Node, NodeEvent, NodeState, RouteEntry
 
 if TYPE_CHECKING:
     from crosslogic.clients.engine import EngineClient
+    from crosslogic.hot.heartbeats import HeartbeatBoard
+    from crosslogic.hot.passive import PassiveBoard
     from crosslogic.hot.routes import RouteBoard
+    from crosslogic.store.catalog import CatalogStore
     from crosslogic.store.nodes import NodeStore
 
 log = logging.getLogger(__name__)
@@ -44,16 +59,19 @@ EMPTY_READINGS = 2
 ROUTES_CATCH_UP_S = 3.0
 # A watch without news returns after this, so that its workflow's history tells that it is alive.
 WATCH_S = 300.0
-# Engines asked at the same time in one watch.
-CONCURRENT_POLLS = 64
-
-
-@dataclasses.dataclass
-class _Memory:
-    """What a watch remembers of one node."""
-
-    answered_at: float
-    failed_polls: int = 0
+# Engines asked at the same time in one watch. Dead ones keep their place until the poll times out, and must not hold
+# up the others.
+CONCURRENT_POLLS = 400
+# A watch looks at what was heard of its nodes this often.
+TICK_S = 1.0
+# Told in one report; the rest follows with the next one. A storm must not fill a history (T3).
+MOST_CHANGES = 200
+# Other nodes that are asked whether they answer, before a silent one is given up.
+PEERS_ASKED = 3
+# How long an engine that missed a generation is given to show that it generates for others.
+PROGRESS_S = 2.0
+# Once time alone decides nothing any more, a suspect is looked at this often.
+SLOW_LOOK_S = 60.0
 
 
 class ProbeActivities:
@@ -65,10 +83,15 @@ class ProbeActivities:
         nodes: NodeStore,
         clouds: Mapping[str, Cloud],
         board: RouteBoard,
+        catalog: CatalogStore,
+        heartbeats: HeartbeatBoard,
+        passive: PassiveBoard,
         *,
         policy: HealthPolicy,
         probe_interval_s: float,
         cloud_interval_s: float,
+        generation_interval_s: float,
+        generation_timeout_s: float,
         watch_s: float = WATCH_S,
         poll_interval_s: float = 0.5,
         routes_catch_up_s: float = ROUTES_CATCH_UP_S,
@@ -77,9 +100,16 @@ class ProbeActivities:
         self._nodes = nodes
         self._clouds = clouds
         self._board = board
+        self._catalog = catalog
+        self._heartbeats = heartbeats
+        self._passive = passive
         self._policy = policy
         self._probe_interval_s = probe_interval_s
         self._cloud_interval_s = cloud_interval_s
+        self._generation_interval_s = generation_interval_s
+        self._generation_timeout_s = generation_timeout_s
+        # Kept from one watch of a region to the next: a report must not cost the memory of all other nodes.
+        self._regions: dict[str, RegionMemory] = {}
         self._watch_s = watch_s
         self._poll_interval_s = poll_interval_s
         self._routes_catch_up_s = routes_catch_up_s
@@ -127,16 +157,65 @@ class ProbeActivities:
 
     @activity.defn
     async def look_at_node(self, look: NodeLook) -> NodeReading:
-        """Poll the engine and, if it is silent, ask the cloud: what do they mean together?"""
+        """Have the engine generate, and ask whoever else knows of the node if it does not: what do they mean together?
+
+        A notice is believed at once: it leaves no time for looking (F9).
+        """
         spec = look.spec
         node = await self._nodes.get(NODE.parse(spec.node_id))
         if node.is_tombstoned or node.state not in (NodeState.READY, NodeState.DRAINING):
             return NodeReading(spec.node_id, Verdict.BROKEN, f"it is {node.state} and was being undone")
-        is_answering = await self._is_answering(node)
-        machine = MachineStatus.UNKNOWN if is_answering else await self._ask_cloud(spec)
-        failed_polls = 0 if is_answering else look.failed_polls + 1
-        verdict, reason = judge(Signals(is_answering, look.silent_for_s, machine, failed_polls), self._policy)
-        return NodeReading(spec.node_id, verdict, reason, min(self._probe_interval_s, self._policy.silence_s / 3))
+        heartbeat = (await self._read_heartbeats([spec.node_id])).get(spec.node_id)
+        if heartbeat is not None and heartbeat.notice:
+            poll = Poll(is_answering=True)
+        else:
+            poll = await self._poll(node, spec.kind, has_to_generate=True)
+        signals = await self._gather(look, node, poll, heartbeat)
+        judgement = judge(signals, self._policy)
+        if judgement.verdict is Verdict.BROKEN:
+            signals = dataclasses.replace(signals, do_peers_answer=await self._do_peers_answer(node))
+            judgement = judge(signals, self._policy)
+        soon_s = min(self._probe_interval_s, self._policy.silence_s / 3)
+        return NodeReading(
+            spec.node_id,
+            judgement.verdict,
+            judgement.reason,
+            soon_s if look.silent_for_s < self._policy.cut_off_s else max(soon_s, SLOW_LOOK_S),
+            is_mute=poll.is_answering,
+        )
+
+    async def _gather(self, look: NodeLook, node: Node, poll: Poll, heartbeat: Heartbeat | None) -> Signals:
+        views = (await self._read_views(node.region)).get(node.node_id, [])
+        word = None
+        later = (await self._read_heartbeats([node.node_id])).get(node.node_id)
+        if heartbeat is not None and later is not None:
+            # Two heartbeats, from before the poll and after it, tell that tokens come, never that none do.
+            has_grown = later.completion_tokens > heartbeat.completion_tokens
+            word = dataclasses.replace(
+                Course(self._policy).word(later, time.time()), tokens_ago_s=0.0 if has_grown else None
+            )
+        is_well = poll.is_answering and poll.has_generated is not False
+        return Signals(
+            is_answering=poll.is_answering,
+            silent_for_s=0.0 if is_well else look.silent_for_s,
+            machine=MachineStatus.UNKNOWN if poll.is_answering else await self._ask_cloud(look.spec),
+            failed_polls=0 if poll.is_answering else look.failed_polls + 1,
+            failed_generations=look.failed_generations + 1 if poll.is_answering and not is_well else 0,
+            is_busy=poll.is_busy,
+            agent=word,
+            requests=combine(views),
+        )
+
+    async def _do_peers_answer(self, node: Node) -> bool | None:
+        """Does any of some other nodes answer us? None: there are none."""
+        others = [other for other in await self._nodes.list_alive() if other.state is NodeState.READY]
+        others = [other for other in others if other.id != node.id and other.endpoint]
+        if not others:
+            return None
+        # Spread over all: their ids sort by age, and nodes of one age may share a fate.
+        step = max(1, len(others) // PEERS_ASKED)
+        asked = others[::step][:PEERS_ASKED]
+        return any(await asyncio.gather(*(self._is_answering(other) for other in asked)))
 
     @activity.defn
     async def await_drained(self, spec: NodeSpec) -> str:
@@ -165,56 +244,123 @@ class ProbeActivities:
 
     @activity.defn
     async def watch_region(self, watch: RegionWatch) -> RegionReport:
-        """Poll the region's serving nodes until a verdict differs from the known one, or `WATCH_S` is over.
+        """Watch the region's serving nodes until a verdict differs from the known one, or `WATCH_S` is over.
 
-        Meanwhile it keeps the route board equal to Postgres, so that a Redis that lost its memory has it again within
-        a probe interval.
+        Engines are polled one by one, each in its turn; what agents and requests say is read every second. Meanwhile
+        the watch keeps the route board equal to Postgres, so that a Redis that lost its memory has it again within a
+        probe interval.
         """
         loop = asyncio.get_running_loop()
+        memory = self._regions.get(watch.region)
+        if memory is None:
+            memory = RegionMemory(self._policy, self._probe_interval_s, self._generation_interval_s)
+            self._regions[watch.region] = memory
+        memory.begin(loop.time())
+        polls: set[asyncio.Task[None]] = set()
+        try:
+            return await self._watch(watch, memory, polls)
+        finally:
+            for poll in polls:
+                poll.cancel()
+            await asyncio.gather(*polls, return_exceptions=True)
+            memory.give_up()
+
+    async def _watch(self, watch: RegionWatch, memory: RegionMemory, polls: set[asyncio.Task[None]]) -> RegionReport:
+        loop = asyncio.get_running_loop()
         deadline = loop.time() + self._watch_s
-        memories: dict[str, _Memory] = {}
-        machines: dict[str, Machine] | None = None
-        asked_cloud_at = float("-inf")
-        while True:
-            started = loop.time()
-            alive = await self._nodes.list_alive(watch.region)
-            serving = [node for node in alive if node.state in (NodeState.READY, NodeState.DRAINING)]
-            await self._mend_board(watch.region, alive)
-            if started - asked_cloud_at >= self._cloud_interval_s:
-                machines, asked_cloud_at = await self._list_machines(serving), started
-            changed = await self._poll_all(serving, memories, machines, watch.verdicts)
-            if changed or loop.time() >= deadline:
-                return RegionReport(changed, [node.node_id for node in serving])
-            await asyncio.sleep(max(0.05, started + self._probe_interval_s - loop.time()))
-
-    async def _poll_all(
-        self,
-        serving: Sequence[Node],
-        memories: dict[str, _Memory],
-        machines: dict[str, Machine] | None,
-        known: Mapping[str, str],
-    ) -> list[NodeReading]:
+        tick_s = min(TICK_S, self._probe_interval_s)
         gate = asyncio.Semaphore(CONCURRENT_POLLS)
+        read_at = asked_cloud_at = float("-inf")
+        kinds = {name: model.kind for name, model in (await self._catalog.load()).models.items()}
+        machines: dict[str, Machine] | None = None
+        serving: dict[str, Node] = {}
 
-        async def poll(node: Node) -> NodeReading | None:
+        async def poll(node: Node, has_to_generate: bool, is_heard_of: bool) -> None:
             async with gate:
-                is_answering = await self._is_answering(node)
-            now = time.monotonic()
-            memory = memories.setdefault(node.node_id, _Memory(now))
-            if is_answering:
-                memory.answered_at, memory.failed_polls = now, 0
-            else:
-                memory.failed_polls += 1
-            machine = _status(node, machines)
-            silent_for_s = now - memory.answered_at
-            signals = Signals(is_answering, silent_for_s, machine, memory.failed_polls)
-            verdict, reason = judge(signals, self._policy)
-            if verdict == known.get(node.node_id, Verdict.HEALTHY):
-                return None
-            return NodeReading(node.node_id, verdict, reason)
+                outcome = await self._poll(node, kinds.get(node.model, "chat"), has_to_generate=has_to_generate)
+            memory.take(node.node_id, outcome, loop.time(), is_heard_of=is_heard_of)
 
-        readings = await asyncio.gather(*(poll(node) for node in serving))
-        return [reading for reading in readings if reading is not None]
+        while True:
+            now = loop.time()
+            if now - read_at >= self._probe_interval_s:
+                read_at = now
+                alive = await self._nodes.list_alive(watch.region)
+                serving = {node.node_id: node for node in alive if node.state in (NodeState.READY, NodeState.DRAINING)}
+                await self._mend_board(watch.region, alive)
+            memory.keep(serving, now)
+            if now - asked_cloud_at >= self._cloud_interval_s:
+                machines, asked_cloud_at = await self._list_machines(list(serving.values())), now
+            heartbeats = await self._read_heartbeats(serving)
+            views = await self._read_views(watch.region)
+            memory.hear(heartbeats)
+            wall = time.time()
+            for node_id, node in serving.items():
+                seen, heartbeat = views.get(node_id, []), heartbeats.get(node_id)
+                is_heard_of = heartbeat is not None and wall - heartbeat.received_at < self._policy.silence_s
+                is_accused = any(view.failures_in_a_row or view.is_unreachable for view in seen) or (
+                    heartbeat is not None and not (is_heard_of and heartbeat.is_engine_up)
+                )
+                has_to_generate = memory.due(node_id, now, is_accused=is_accused)
+                if has_to_generate is not None:
+                    memory.start(node_id)
+                    task = asyncio.create_task(poll(node, has_to_generate, is_heard_of))
+                    polls.add(task)
+                    task.add_done_callback(polls.discard)
+                memory.judge(node, seen, heartbeat, machines, now, wall)
+            changed = _changes(serving, memory, watch.verdicts, now)
+            if changed or loop.time() >= deadline:
+                return RegionReport(changed, list(serving))
+            await asyncio.sleep(max(0.05, now + tick_s - loop.time()))
+
+    async def _poll(self, node: Node, kind: str, *, has_to_generate: bool) -> Poll:
+        """Ask an engine for a sign of life, or for one token: one that cannot generate may say that it is well."""
+        if not has_to_generate:
+            return Poll(await self._is_answering(node))
+        try:
+            generation = await self._engine.generate(
+                node.node_id, _endpoint(node), node.model, kind, 1, self._generation_timeout_s
+            )
+            return Poll(True, True, took_s=generation.duration_s)
+        except Rejected:
+            pass
+        except Unavailable as error:
+            if error.code == "engine_busy":
+                return Poll(True, False, is_busy=True)
+        if not await self._is_answering(node):
+            return Poll(False)
+        return Poll(True, False, is_busy=await self._is_generating(node))
+
+    async def _is_generating(self, node: Node) -> bool:
+        """Is the engine at work for others? Then it is not broken but busy."""
+        before = await self._read_progress(node)
+        if before is None:
+            return False
+        await asyncio.sleep(PROGRESS_S)
+        after = await self._read_progress(node)
+        return after is not None and after > before
+
+    async def _read_progress(self, node: Node) -> float | None:
+        try:
+            load = await self._engine.read_load(node.node_id, _endpoint(node))
+        except Unavailable:
+            return None
+        return None if load is None else load.progress
+
+    async def _read_heartbeats(self, node_ids: Collection[str]) -> dict[str, Heartbeat]:
+        """What agents say; nothing while Redis is away, which makes no agent silent."""
+        try:
+            return await self._heartbeats.read_many(list(node_ids))
+        except Unavailable as error:
+            log.warning("heartbeats cannot be read now: %s", error.message)
+            return {}
+
+    async def _read_views(self, region: str) -> dict[str, list[RequestView]]:
+        """What API processes say of the region's nodes; nothing while Redis is away."""
+        try:
+            return await self._passive.read(region)
+        except Unavailable as error:
+            log.warning("what requests say of nodes cannot be read now: %s", error.message)
+            return {}
 
     async def _mend_board(self, region: str, alive: Sequence[Node]) -> None:
         """Publish what the board lacks of a region, and take off it what has ended."""
@@ -292,8 +438,25 @@ def _endpoint(node: Node) -> str:
     return node.endpoint
 
 
-def _status(node: Node, machines: dict[str, Machine] | None) -> MachineStatus:
-    if machines is None or node.provider == JOINED:
-        return MachineStatus.UNKNOWN
-    machine = machines.get(node.cluster)
-    return MachineStatus.GONE if machine is None else MachineStatus(machine.status)
+def _changes(
+    serving: Mapping[str, Node], memory: RegionMemory, known: Mapping[str, str], now: float
+) -> list[NodeReading]:
+    """What there is to tell, the worst first. An ill node is taken out only where another one serves its model well."""
+    spared: dict[str, int] = {}
+    for node_id, node in serving.items():
+        if node.state is NodeState.READY:
+            verdict = memory.verdict_of(node_id)
+            # As many may leave as healthy ones stay.
+            gain = 1 if verdict is Verdict.HEALTHY else -1 if known.get(node_id) == Verdict.ILL else 0
+            spared[node.model] = spared.get(node.model, 0) + gain
+    changed: list[NodeReading] = []
+    for node_id, node in serving.items():
+        is_known_ill = known.get(node_id) == Verdict.ILL
+        may_be_ill = is_known_ill or spared.get(node.model, 0) > 0
+        judgement = memory.settle(node_id, known.get(node_id, Verdict.HEALTHY), now, may_be_ill=may_be_ill)
+        if judgement is not None:
+            if judgement.verdict is Verdict.ILL and not is_known_ill:
+                spared[node.model] -= 1
+            changed.append(NodeReading(node_id, judgement.verdict, judgement.reason))
+    changed.sort(key=lambda reading: -SEVERITY[Verdict(reading.verdict)])
+    return changed[:MOST_CHANGES]

@@ -37,6 +37,7 @@ from api.inference.relayed import Deadlines
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
 from api.inference.tracing import Tracer
+from api.passive import PassiveView
 from api.usage import summarize
 from crosslogic import telemetry
 from crosslogic.clients import temporal
@@ -47,6 +48,7 @@ from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
 from crosslogic.hot.heartbeats import HeartbeatBoard
 from crosslogic.hot.limits import LimitBook
+from crosslogic.hot.passive import PassiveBoard
 from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.new_ids import new_id
@@ -151,6 +153,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         table=table,
         inference=inference,
     )
+    passive = PassiveView(table, PassiveBoard(redis, settings.redis_prefix), encode(new_id()))
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
     app.state.agents = AgentContext(app.state.admin, trust, HeartbeatBoard(redis, settings.redis_prefix), board)
@@ -170,6 +173,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         relay.keep_progress(),
         table.keep_probing(),
         trust.keep_fresh(),
+        passive.keep_telling(),
         observer.keep_measuring(),
     ]
     tasks = [asyncio.create_task(coroutine, name=getattr(coroutine, "__qualname__", None)) for coroutine in background]

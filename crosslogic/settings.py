@@ -142,6 +142,15 @@ class Settings(BaseSettings):
     probe_timeout_s: float = Field(
         default=3.0, ge=0.1, le=60, description="A poll without an answer by then has failed."
     )
+    generation_interval_s: float = Field(
+        default=20.0, ge=0.2, le=600, description="Time between two generations by which a node's engine is tried."
+    )
+    generation_timeout_s: float = Field(
+        default=10.0,
+        ge=0.1,
+        le=15,
+        description="One token that did not come by then is missed, unless the engine generates for others.",
+    )
     silence_s: float = Field(default=15.0, ge=0.5, le=600, description="Silence after which a node counts as broken.")
     cloud_interval_s: float = Field(
         default=60.0, ge=0.5, le=3600, description="Time between two questions to the cloud."

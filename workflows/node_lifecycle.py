@@ -12,7 +12,7 @@ from temporalio.exceptions import ActivityError, is_cancelled_exception
 from activities.cloud import CloudActivities
 from activities.nodes import NodeActivities
 from activities.probes import ProbeActivities
-from crosslogic.contracts.names import DRAIN, LOOK_AGAIN, NODE_LIFECYCLE, STATE, node_workflow_id
+from crosslogic.contracts.names import DRAIN, LOOK_AGAIN, NODE_LIFECYCLE, SPOT_NOTICE, STATE, node_workflow_id
 from crosslogic.contracts.node import (
     NodeAdmission,
     NodeChange,
@@ -20,10 +20,12 @@ from crosslogic.contracts.node import (
     NodeLifecycleInput,
     NodeLifecycleResult,
     NodeLook,
+    NodeReading,
     NodeSpec,
 )
-from crosslogic.domain.health import Verdict
+from crosslogic.domain.health import IN_SERVICE, Verdict
 from crosslogic.domain.node import NodeState
+from workflows import spot_interruption
 from workflows.steps import (
     QUICK,
     Story,
@@ -40,8 +42,9 @@ from workflows.steps import (
     unstoppable,
 )
 
-# FleetHealth nudges at any change; this is for the nudge that never came.
-SAFETY_LOOK = timedelta(minutes=5)
+# FleetHealth nudges at any change, and again while it lasts; this is for a node that no watch sees. A look is a dozen
+# events, so that a thousand nodes at rest write seven a second.
+SAFETY_LOOK = timedelta(minutes=30)
 # A node that is joined is up already: these are for its first answer and its first generation.
 JOIN_TIMEOUT_S = 600.0
 
@@ -59,17 +62,21 @@ class NodeLifecycle:
     ```
 
     Send the signal `drain` (with a reason, if you like) to retire the node: no new requests, running ones end or reach
-    the drain deadline, then the machine is ended. Cancelling does the same with a deadline of 0.
+    the drain deadline, then the machine is ended. Cancelling does the same with a deadline of 0. The signal
+    `spot_notice` says that the cloud will take the machine: the node drains, and a replacement starts at once.
     """
 
     def __init__(self) -> None:
         self._state = NodeState.READY
         self._drain_reason: str | None = None
+        # The cloud said so before anybody else had ended the node.
+        self._is_noticed = False
         self._is_cancelled = False
         # The first thing to do is to look: a nudge may have come before this run.
         self._is_nudged = True
         self._silent_since: datetime | None = None
         self._failed_polls = 0
+        self._failed_generations = 0
         self._story = Story("Taking care of a node")
 
     @workflow.signal(name=DRAIN)
@@ -77,6 +84,12 @@ class NodeLifecycle:
         """Retire the node. Repeating it changes nothing. `reason` is a text or left out."""
         # Not typed as text: a payload of another type would make the SDK drop the signal, and with it the drain.
         self._drain_reason = self._drain_reason or reason or "drained by an operator"
+
+    @workflow.signal(name=SPOT_NOTICE)
+    def spot_notice(self, reason: Any = "") -> None:
+        """The cloud will take the machine. Repeating it changes nothing, and neither does it while the node drains."""
+        if self._drain_reason is None:
+            self._notice(f"the cloud takes the machine: {reason}" if reason else "the cloud takes the machine")
 
     @workflow.signal(name=LOOK_AGAIN)
     def look_again(self) -> None:
@@ -87,6 +100,10 @@ class NodeLifecycle:
     def state(self) -> str:
         """The node's state as this workflow knows it."""
         return self._state
+
+    def _notice(self, reason: str) -> None:
+        self._is_noticed = True
+        self._drain_reason = reason
 
     def _cancel(self) -> None:
         self._is_cancelled = True
@@ -114,7 +131,10 @@ class NodeLifecycle:
             end, reason = NodeState.FAILED, input.drain_reason or "the workflow that was starting it is gone"
         else:
             end, reason = await self._watch(spec)
-        await unstoppable(self._retire(spec, end, reason), self._cancel)
+        is_dead = end in (NodeState.LOST, NodeState.FAILED)
+        if self._is_noticed:
+            end = NodeState.LOST
+        await unstoppable(self._retire(spec, end, reason, is_dead=is_dead), self._cancel)
         if self._is_cancelled or is_cancel_requested():
             raise asyncio.CancelledError(reason)
         return NodeLifecycleResult(spec.node_id, end, reason)
@@ -128,7 +148,10 @@ class NodeLifecycle:
                 check_cancelled()
                 if self._is_nudged:
                     self._is_nudged = False
-                    verdict, reason, pause = await self._look(spec)
+                    found = await self._look(spec)
+                    if found is None:
+                        continue
+                    verdict, reason, pause = found
                     if verdict is Verdict.LOST:
                         return NodeState.LOST, reason
                     if verdict is Verdict.BROKEN:
@@ -151,37 +174,66 @@ class NodeLifecycle:
             self._cancel()
         return NodeState.TERMINATED, self._drain_reason or "drained"
 
-    async def _look(self, spec: NodeSpec) -> tuple[Verdict, str, timedelta]:
+    async def _look(self, spec: NodeSpec) -> tuple[Verdict, str, timedelta] | None:
+        """What the sources say, and when to look again; None when a drain did not wait for that (F9)."""
         now = workflow.now()
         silent_for_s = (now - self._silent_since).total_seconds() if self._silent_since else 0.0
-        reading = await workflow.execute_activity_method(
-            ProbeActivities.look_at_node,
-            NodeLook(spec, silent_for_s, self._failed_polls),
-            **QUICK,
-            summary="Poll the engine and ask the cloud",
+        looking = asyncio.ensure_future(
+            workflow.execute_activity_method(
+                ProbeActivities.look_at_node,
+                NodeLook(spec, silent_for_s, self._failed_polls, self._failed_generations),
+                **QUICK,
+                summary="Have the engine generate, and ask who else knows",
+            )
         )
+        try:
+            await workflow.wait_condition(lambda: looking.done() or self._drain_reason is not None)
+        finally:
+            if not looking.done():
+                looking.cancel()
+        if not looking.done():
+            await outcome(looking)
+            return None
+        return self._weigh(looking.result(), now)
+
+    def _weigh(self, reading: NodeReading, now: datetime) -> tuple[Verdict, str, timedelta]:
         verdict = Verdict(reading.verdict)
-        if verdict is Verdict.HEALTHY:
+        if verdict in IN_SERVICE:
             if self._silent_since is not None:
                 self._story.tell("the node serves again")
-            self._silent_since, self._failed_polls = None, 0
+            self._silent_since, self._failed_polls, self._failed_generations = None, 0, 0
             return verdict, reading.reason, SAFETY_LOOK
-        self._silent_since = self._silent_since or now
-        self._failed_polls += 1
         self._story.tell(f"{verdict}: {reading.reason}")
+        if verdict is Verdict.INTERRUPTED:
+            if self._drain_reason is None:
+                self._notice(reading.reason)
+        elif verdict is Verdict.ILL:
+            self._drain_reason = self._drain_reason or reading.reason
+        else:
+            self._silent_since = self._silent_since or now
+            # What it did fail at in a row; the other count starts again.
+            self._failed_polls = 0 if reading.is_mute else self._failed_polls + 1
+            self._failed_generations = self._failed_generations + 1 if reading.is_mute else 0
         return verdict, reading.reason, timedelta(seconds=max(0.2, reading.look_again_s))
 
-    async def _retire(self, spec: NodeSpec, end: NodeState, reason: str) -> None:
-        """Out of routing, empty, tombstoned, ended, written down. A dead node is not waited for."""
+    async def _retire(self, spec: NodeSpec, end: NodeState, reason: str, *, is_dead: bool) -> None:
+        """Out of routing, replaced, empty, tombstoned, ended, written down. A dead node is not waited for."""
         self._state = NodeState.DRAINING
         make_findable(state=NodeState.DRAINING)
         self._story.tell(f"leaving routing: {reason}")
         await workflow.execute_activity_method(
             NodeActivities.begin_drain, NodeChange(spec, reason), **QUICK, summary="Take the node out of routing"
         )
+        is_taken = end is NodeState.LOST
+        if is_taken:
+            await spot_interruption.remember(spec, had_notice=self._is_noticed)
         # A draining node is no replica any more: its replacement starts now.
         await nudge_deployment(spec)
-        if end is NodeState.TERMINATED and not self._is_cancelled and spec.drain_timeout_s > 0:
+        if is_taken:
+            successor = await spot_interruption.replace(spec)
+            if successor:
+                self._story.tell(f"`{successor}` takes its place")
+        if not is_dead and not self._is_cancelled and spec.drain_timeout_s > 0:
             self._story.tell(f"waiting for running requests to end (up to {spec.drain_timeout_s} s): {reason}")
             await self._await_drained(spec)
         await self._end(spec, end, reason)

@@ -108,14 +108,20 @@ def check_cancelled() -> None:
         raise asyncio.CancelledError(workflow.cancellation_reason())
 
 
-async def nudge(workflow_id: str) -> bool:
-    """Send `look_again`; False when there is no such workflow, which is nobody's fault."""
+async def tell(workflow_id: str, signal: str, reason: str | None = None) -> bool:
+    """Send a signal, with a reason if there is one; False when there is no such workflow, which is nobody's fault."""
+    handle = workflow.get_external_workflow_handle(workflow_id)
     try:
-        await workflow.get_external_workflow_handle(workflow_id).signal(LOOK_AGAIN)
+        await (handle.signal(signal) if reason is None else handle.signal(signal, reason))
     except FailureError:
-        workflow.logger.info("nobody to nudge at %s", workflow_id)
+        workflow.logger.info("nobody to send %s to at %s", signal, workflow_id)
         return False
     return True
+
+
+async def nudge(workflow_id: str) -> bool:
+    """Send `look_again`; False when there is no such workflow."""
+    return await tell(workflow_id, LOOK_AGAIN)
 
 
 async def nudge_deployment(spec: NodeSpec) -> None:

@@ -18,6 +18,7 @@ from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.preemptions import PreemptionStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
 from crosslogic.store.tenancy import TenancyStore
@@ -44,6 +45,7 @@ class AdminContext:
     catalog: CatalogStore = field(init=False)
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
+    preemptions: PreemptionStore = field(init=False)
     reservations: ReservationStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
@@ -55,6 +57,7 @@ class AdminContext:
             ("catalog", CatalogStore(self.pool)),
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
+            ("preemptions", PreemptionStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),

@@ -18,6 +18,7 @@ from crosslogic.domain import ids
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.node import FINAL_STATES, Node, NodeState, check_endpoint
+from crosslogic.domain.spot import hazards
 from crosslogic.new_ids import new_id
 
 router = APIRouter(route_class=AdminRoute)
@@ -122,6 +123,23 @@ class NodeChange(Body):
     )
 
 
+class HazardOut(BaseModel):
+    """How soon a cloud takes spot machines back, at one place."""
+
+    cloud: str
+    zone: str = Field(description="The cloud's zone; empty: unknown.")
+    gpu: str
+    preemptions_per_h: float = Field(description="To expect per machine-hour, learnt from what was seen and a prior.")
+    preemptions: int = Field(description="Seen in the window.")
+    exposure_h: float = Field(description="Hours that spot machines have served there, in the window.")
+
+
+class HazardsOut(BaseModel):
+    """All places that were tried, the safest first."""
+
+    data: list[HazardOut]
+
+
 class DrainIn(Body):
     """Why a node is drained."""
 
@@ -174,6 +192,27 @@ async def list_costs(
             )
             for cost in sorted(costs, key=lambda cost: -cost.cost_microdollars)
             if cost.cluster.startswith("cic-")
+        ]
+    )
+
+
+@router.get("/nodes/hazards")
+async def list_hazards(
+    admin: Admin, days: Annotated[int, Query(ge=1, le=365, description="The window to learn from.")] = 30
+) -> HazardsOut:
+    """Where spot machines live long, and where not: what placement weighs against the price."""
+    found = hazards(await admin.preemptions.list_recent(days), await admin.preemptions.exposure_hours(days))
+    return HazardsOut(
+        data=[
+            HazardOut(
+                cloud=hazard.place.cloud,
+                zone=hazard.place.zone,
+                gpu=hazard.place.gpu,
+                preemptions_per_h=round(hazard.per_hour, 5),
+                preemptions=hazard.preemptions,
+                exposure_h=round(hazard.exposure_hours, 2),
+            )
+            for hazard in found
         ]
     )
 

@@ -85,11 +85,13 @@ class Node:
     """One node as this process sees it: its latest entry, its connections and what it has been through."""
 
     __slots__ = (
+        "answers",
         "busy_at",
         "connect_failures",
         "ejected_at",
         "ejected_until",
         "entry",
+        "errors",
         "factor",
         "failures",
         "head",
@@ -102,11 +104,13 @@ class Node:
         "peak_ttft_s",
         "pool",
         "ramp_until",
+        "refusals",
         "requests_in_flight",
         "samples",
         "seconds_per_token",
         "settles_at",
         "shown_id",
+        "starts",
         "tokens_in_flight",
         "trial_at",
         "ttft_at",
@@ -130,6 +134,8 @@ class Node:
         self.is_counted = False
         self.tokens_in_flight = 0
         self.requests_in_flight = 0
+        # For api.passive: what it was given, and how that ended. They only grow.
+        self.starts = self.answers = self.errors = self.refusals = 0
         self.failures = 0
         self.connect_failures = 0
         self.ejected_at = 0.0
@@ -183,6 +189,7 @@ class Node:
         """A request that holds so many tokens starts there."""
         self.tokens_in_flight += tokens
         self.requests_in_flight += 1
+        self.starts += 1
         if self.is_counted:
             self.pool.tokens_in_flight += tokens
 
@@ -220,6 +227,7 @@ class Node:
 
     def succeeded(self, now: float) -> None:
         """It answered as it should, to the end; a first byte alone proves too little."""
+        self.answers += 1
         self.failures = 0
         if self.connect_failures:
             was_unreachable = self.is_unreachable
@@ -234,8 +242,10 @@ class Node:
         if kind is FailureKind.TOTAL:
             return False
         if kind is FailureKind.BUSY:
+            self.refusals += 1
             self._was_busy(now)
             return False
+        self.errors += 1
         self.failures += 1
         self.connect_failures = self.connect_failures + 1 if kind is FailureKind.CONNECT else 0
         pause_s = ejection_s(self.failures, is_connection_failure=kind in SUSPICIOUS)

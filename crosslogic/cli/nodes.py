@@ -24,6 +24,8 @@ COMMANDS = {
 
 Model = Annotated[str, typer.Option("--model", help="A model's name or alias.")]
 Region = Annotated[str, typer.Option("--region", help="A region's name or cloud alias.")]
+HAZARD_COLUMNS = ("cloud", "zone", "gpu", "preemptions_per_h", "preemptions", "exposure_h")
+
 NodeId = Annotated[str, typer.Argument(metavar="NODE_ID")]
 
 
@@ -47,6 +49,15 @@ def list_nodes(
 def show_node(session: Session, node_id: NodeId) -> None:
     """Show all of one node."""
     session.show(session.get(f"/nodes/{node_id}"))
+
+
+@command(app, "hazards")
+def list_hazards(
+    session: Session, days: Annotated[int, typer.Option(min=1, max=365, help="The window to learn from.")] = 30
+) -> None:
+    """Show where spot machines live long, and where not, the safest place first."""
+    rows = session.get("/nodes/hazards", days=days)["data"]
+    session.show_table(rows, HAZARD_COLUMNS, "No spot machine has served yet.")
 
 
 @command(app, "start")

@@ -520,6 +520,11 @@ class SkyPilot:
             raise Unavailable(f"SkyPilot's API server answered {method} {path} in a form unknown to us.") from error
 
 
+def no_join_token(_node_id: str) -> str:
+    """For whoever launches nothing."""
+    return ""
+
+
 async def fetch_agent_sha256(control_url: str) -> str:
     """The hash of the agent that the control plane serves. Raises Unavailable when it serves none."""
     url = f"{control_url}/agent/{launch_task.AGENT}.sha256"

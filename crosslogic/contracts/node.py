@@ -123,6 +123,15 @@ class NodeLook:
     spec: NodeSpec
     silent_for_s: float = 0.0
     failed_polls: int = 0
+    failed_generations: int = 0  # Polls in a row that were answered and yet generated nothing.
+
+
+@dataclass(frozen=True)
+class NodeInterruption:
+    """A spot machine that its cloud took (`had_notice` false) or said that it would take."""
+
+    spec: NodeSpec
+    had_notice: bool
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class NodeReading:
     verdict: str
     reason: str
     look_again_s: float = 0.0  # When a suspect should be looked at again.
+    is_mute: bool = False  # It answered and generated nothing, so the poll failed in another way than by silence.
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ class TestFleet:
         assert re.search(r"^node id +node_[0-9a-z]{26}$", joined, re.MULTILINE)
         assert re.search(r"^credential +nc_[\w-]{43}$", joined, re.MULTILINE)
         assert ok("nodes", "list", "--in-state", "ready") == "There are no such nodes.\n"
+        assert ok("nodes", "hazards", "--days", "7") == "No spot machine has served yet.\n"
         assert run("nodes", "show", node_id).returncode == 1
         refused = run("nodes", "join", "--model", "x", "--region", "us-east", "--endpoint", "https://169.254.169.254")
         assert refused.returncode == 1

@@ -32,6 +32,7 @@ from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import NodeState
+from crosslogic.domain.spot import successor_of
 from crosslogic.new_ids import new_id
 from crosslogic.store.migrations import migrate
 from tests.conftest import make_settings, serving
@@ -174,8 +175,18 @@ async def rotated(fleet: FleetUnderTest) -> dict[str, str]:
     return {"rotation": handle.id}
 
 
+async def interrupted(fleet: FleetUnderTest) -> dict[str, str]:
+    node = await fleet.serve_one()
+    await fleet.lifecycle(node).signal(names.SPOT_NOTICE, "aws: terminate")
+    await fleet.lifecycle(node).result()
+    successor = NODE.show(successor_of(node.id))
+    await fleet.client.get_workflow_handle(names.provisioning_workflow_id(successor)).result()
+    return {"lifecycle-interrupted": fleet.lifecycle(node).id}
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, orphaned, rotated,
+    interrupted,
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 import asyncpg
+import redis.asyncio as aioredis
 from temporalio.client import Client, WorkflowHandle
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
@@ -22,6 +23,8 @@ from temporalio.worker import Worker
 
 import worker as fleet_worker
 from crosslogic.clients import temporal
+from crosslogic.clients.engine import EngineClient
+from crosslogic.clients.entities import Entities
 from crosslogic.contracts import names
 from crosslogic.contracts.node import Machine, NodeProvisioningInput, NodeSpec
 from crosslogic.domain.errors import Rejected
@@ -42,7 +45,12 @@ class EngineServer:
 
     def __init__(self) -> None:
         self.is_well = True
+        self.is_mute = False  # It accepts connections and never says a word.
         self.can_generate = True
+        self.refusals = 0  # So many requests it fails, then it is well.
+        self.is_full = False  # It refuses generations for its load.
+        self.progress = 0  # Tokens that it says it has made so far.
+        self.grows_by = 0  # Tokens more at every look at its metrics.
         self.has_metrics = True
         self.load = 0
         self.requests: list[str] = []
@@ -72,6 +80,8 @@ class EngineServer:
             await reader.readexactly(length)
             path = head.split(" ")[1]
             self.requests.append(path)
+            if self.is_mute:
+                await reader.read()
             status, body = self._answer(path)
             writer.write(
                 f"HTTP/1.1 {status} X\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
@@ -80,6 +90,9 @@ class EngineServer:
         writer.close()
 
     def _answer(self, path: str) -> tuple[int, bytes]:
+        if self.refusals:
+            self.refusals -= 1
+            return 503, b"{}"
         if not self.is_well:
             return 503, b"{}"
         if path == "/health":
@@ -87,7 +100,11 @@ class EngineServer:
         if path == "/metrics":
             if not self.has_metrics:
                 return 404, b""
-            return 200, f"llamacpp:requests_processing {self.load}\nllamacpp:requests_deferred 0\n".encode()
+            self.progress += self.grows_by
+            progress = f"llamacpp:tokens_predicted_total {self.progress}\n"
+            return 200, f"llamacpp:requests_processing {self.load}\nllamacpp:requests_deferred 0\n{progress}".encode()
+        if self.is_full:
+            return 429, b"{}"
         if not self.can_generate:
             return 500, b"{}"
         usage = {"prompt_tokens": 5, "completion_tokens": 24}
@@ -181,6 +198,7 @@ class FleetUnderTest:
     client: Client
     task_queue: str
     pool: asyncpg.Pool
+    redis: aioredis.Redis
     cloud: MadeUpCloud
     board: RouteBoard
     nodes: NodeStore
@@ -199,6 +217,16 @@ class FleetUnderTest:
         result = await (await self.provision(**fields)).result()
         assert result["state"] == "ready"
         return await self.nodes.get(NODE.parse(result["node_id"]))
+
+    @property
+    def fleet_engine(self) -> EngineClient:
+        """A client of engines with the fleet's own secret."""
+        secret = self.settings.node_secret
+        return EngineClient(secret.get_secret_value() if secret else "", self.settings.probe_timeout_s)
+
+    async def adopt_all(self) -> None:
+        """Give every node that serves its lifecycle, as the worker's keeper does."""
+        await fleet_worker.keep_nodes_once(Entities(self.client, self.task_queue, grace_s=0.0), self.fleet)
 
     def lifecycle(self, node: Node) -> WorkflowHandle[Any, Any]:
         return self.client.get_workflow_handle(names.node_workflow_id(node.node_id))
@@ -292,10 +320,10 @@ async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
     redis = hot.connect(settings)
     board = RouteBoard(redis, settings.redis_prefix)
     cloud = MadeUpCloud()
-    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, board)
+    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, redis)
     task_queue = settings.fleet_task_queue
     try:
-        yield FleetUnderTest(settings, client, task_queue, pool, cloud, board, NodeStore(pool), fleet)
+        yield FleetUnderTest(settings, client, task_queue, pool, redis, cloud, board, NodeStore(pool), fleet)
     finally:
         await terminate_all(client, task_queue)
         cloud.stop()
@@ -305,7 +333,14 @@ async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
 
 
 # Fast enough for tests; the ratios are those of the defaults.
-FAST = {"probe_interval_s": 0.2, "probe_timeout_s": 1.0, "silence_s": 1.5, "cloud_interval_s": 0.5}
+FAST = {
+    "probe_interval_s": 0.2,
+    "probe_timeout_s": 1.0,
+    "generation_interval_s": 0.8,
+    "generation_timeout_s": 1.0,
+    "silence_s": 1.5,
+    "cloud_interval_s": 0.5,
+}
 
 
 @contextlib.asynccontextmanager

@@ -81,5 +81,11 @@ class TestEveryActivityTwice:
             assert joined.generation == 5
             await fleet.check_books()
             engine.stop()
+
+            fleet.cloud.capacity = 1
+            taken = await fleet.serve_one()
+            await fleet.lifecycle(taken).signal(names.SPOT_NOTICE, "aws: terminate")
+            await fleet.lifecycle(taken).result()
+            assert await fleet.pool.fetchval("SELECT count(*) FROM preemptions") == 1
         every = {method.__name__ for method in fleet.fleet.activities}
         assert set(twice.ran) == every, "an activity was not exercised"

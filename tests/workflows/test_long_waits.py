@@ -96,7 +96,7 @@ async def skipping(scripted: Scripted) -> AsyncGenerator[WorkflowEnvironment]:
 
 class TestLifecycle:
     async def test_looks_again_without_a_nudge(self) -> None:
-        """The safety look: every five minutes, for the nudge that never came."""
+        """The safety look: every half hour, for a node that no watch sees."""
         scripted = Scripted()
         scripted.verdicts = [Verdict.HEALTHY] * 12 + [Verdict.LOST]
         async with skipping(scripted) as environment:
@@ -104,7 +104,7 @@ class TestLifecycle:
                 names.NODE_LIFECYCLE, NodeLifecycleInput(SPEC), id="node/node_a", task_queue=QUEUE
             )
         assert result["state"] == "lost"
-        assert timedelta(hours=1) <= scripted.times[-1] - scripted.times[0] < timedelta(hours=1, minutes=1)
+        assert timedelta(hours=6) <= scripted.times[-1] - scripted.times[0] < timedelta(hours=6, minutes=1)
         assert [ending.state for ending in scripted.ends] == ["lost"]
 
     async def test_remembers_how_long_a_suspect_has_been_silent(self) -> None:

@@ -21,6 +21,7 @@ from crosslogic.domain.node import Intent, NodeEvent
 from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.preemptions import PreemptionStore
 from tests.api.admin.server import TOKEN, serving
 
 Made = Callable[..., Any]
@@ -86,6 +87,23 @@ async def signals(settings: Settings, workflow_id: str) -> list[tuple[str, Any]]
             signaled = event.workflow_execution_signaled_event_attributes
             found.append((signaled.signal_name, [json.loads(payload.data) for payload in signaled.input.payloads]))
     return found
+
+
+class TestHazards:
+    def test_say_what_was_learnt_where(self, api: httpx.Client, settings: Settings) -> None:
+        assert api.get("/nodes/hazards").json() == {"data": []}
+        dsn = settings.database_url.get_secret_value()
+        shown = asyncio.run(add_node(dsn, events=READY, gpu="L4", is_spot=True))
+
+        async def take() -> None:
+            async with asyncpg.create_pool(dsn, min_size=1, max_size=1) as pool:
+                await PreemptionStore(pool).record(ids.NODE.parse(shown), had_notice=True)
+
+        asyncio.run(take())
+        (hazard,) = api.get("/nodes/hazards", params={"days": 7}).json()["data"]
+        assert (hazard["cloud"], hazard["gpu"], hazard["preemptions"]) == ("local", "L4", 1)
+        assert 0.05 < hazard["preemptions_per_h"] < 1
+        assert code_of(api.get("/nodes/hazards", params={"days": 0}))[0] == 400
 
 
 class TestCatalog:
