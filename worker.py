@@ -15,8 +15,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 import asyncpg
+import redis.asyncio as aioredis
 from pydantic import ValidationError
 from temporalio.client import Client
+from temporalio.service import RPCError
 from temporalio.worker import Interceptor, Worker
 
 from activities.cloud import Cloud, CloudActivities
@@ -28,14 +30,20 @@ from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.contracts import names
+from crosslogic.domain.autoscaling import ScalingRules
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
+from crosslogic.hot.demand import DemandBoard
+from crosslogic.hot.heartbeats import HeartbeatBoard
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
@@ -53,6 +61,9 @@ GRACEFUL_SHUTDOWN = timedelta(seconds=2)
 LONGEST_SHUTDOWN_S = 3.5
 # Entities that were closed, and deployments that are new, are noticed within this.
 KEEP_INTERVAL_S = 30.0
+# How soon a request that waits for a first node is seen, and how long nobody is woken again after that.
+WAKE_INTERVAL_S = 1.0
+WOKEN_PAUSE_S = 5.0
 # Between two attempts to reach what is not there yet, and between two lines that say so.
 RETRY_INTERVAL_S = 0.5
 COMPLAINT_INTERVAL_S = 10.0
@@ -64,11 +75,14 @@ class Fleet:
 
     nodes: NodeStore
     catalog: CatalogStore
+    demand: DemandBoard
     activities: list[Callable[..., Any]]
     close: Callable[[], Awaitable[None]]
 
 
-def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
+def assemble(
+    settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard, redis: aioredis.Redis
+) -> Fleet:
     """Put activities together from their clients."""
     secret = settings.node_secret
     engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
@@ -91,9 +105,19 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         probe_interval_s=settings.probe_interval_s,
         cloud_interval_s=settings.cloud_interval_s,
     )
-    deployments = DeploymentActivities(nodes, catalog, writer)
+    demand = DemandBoard(redis, settings.redis_prefix)
+    deployments = DeploymentActivities(
+        nodes,
+        catalog,
+        writer,
+        decisions=ScalingStore(pool),
+        lead_times=LeadTimeStore(pool),
+        demand=demand,
+        heartbeats=HeartbeatBoard(redis, settings.redis_prefix),
+        rules=ScalingRules(full_load_s=settings.full_load_s),
+    )
     held = (writer, machines, probes, deployments)
-    return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
+    return Fleet(nodes, catalog, demand, [method for one in held for method in activities_of(one)], engine.close)
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:
@@ -140,12 +164,14 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     local: LocalCloud | None = None
     if settings.cloud_provider == "local" or settings.local_cloud_token is not None:
         clouds["local"] = local = LocalCloud.of(settings)
-    fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix))
+    fleet = assemble(settings, pool, clouds, RouteBoard(redis, settings.redis_prefix), redis)
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
+    waking = asyncio.create_task(keep_waking(client, fleet))
     try:
         await _work(client, settings, fleet, stop)
     finally:
         keeping.cancel()
+        waking.cancel()
         with contextlib.suppress(Exception):
             await fleet.close()
             if local is not None:
@@ -197,6 +223,37 @@ async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_
             await asyncio.sleep(min(interval_s, 2.0))
         else:
             await asyncio.sleep(interval_s)
+
+
+async def wake_once(client: Client, fleet: Fleet) -> list[str]:
+    """Nudge the deployments that requests wait for which found no node; their names. Raises what is away raises."""
+    waited_for = {place for place, seen in (await fleet.demand.read() or {}).items() if seen.held_requests}
+    if not waited_for:
+        return []
+    deployments = (await fleet.catalog.load()).deployments.values()
+    woken = [
+        deployment.name
+        for deployment in deployments
+        if any((deployment.model, target.region) in waited_for for target in deployment.regions)
+    ]
+    for name in woken:
+        handle = client.get_workflow_handle(names.deployment_workflow_id(name))
+        # One that is not there is started by `keep_entities`, and looks first of all.
+        with contextlib.suppress(RPCError):
+            await handle.signal(names.LOOK_AGAIN, rpc_timeout=timedelta(seconds=5))
+    return woken
+
+
+async def keep_waking(client: Client, fleet: Fleet) -> None:
+    """See to it, again and again, that a deployment which was scaled to zero learns at once that it is wanted."""
+    while True:
+        try:
+            is_anyone_woken = bool(await wake_once(client, fleet))
+        except Exception as error:
+            log.warning("whom requests wait for cannot be seen now: %s", error)
+            is_anyone_woken = True
+        # The node that was ordered takes longer than this.
+        await asyncio.sleep(WOKEN_PAUSE_S if is_anyone_woken else WAKE_INTERVAL_S)
 
 
 async def _connect_database(settings: Settings) -> asyncpg.Pool:

@@ -292,7 +292,7 @@ async def making_fleet(settings: Settings) -> AsyncGenerator[FleetUnderTest]:
     redis = hot.connect(settings)
     board = RouteBoard(redis, settings.redis_prefix)
     cloud = MadeUpCloud()
-    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, board)
+    fleet = fleet_worker.assemble(settings, pool, {"local": cloud}, board, redis)
     task_queue = settings.fleet_task_queue
     try:
         yield FleetUnderTest(settings, client, task_queue, pool, cloud, board, NodeStore(pool), fleet)
