@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from api import admin, error_handlers, scraping
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
+from api.demand import Arrivals, DemandTeller, keep_showing
 from api.feeds import Feeds
 from api.inference import metering, openapi
 from api.inference.admission import Admission
@@ -44,6 +45,7 @@ from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
 from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
+from crosslogic.hot.demand import DemandBoard
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.pipeline import PipelinedRedis
 from crosslogic.hot.routes import RouteBoard
@@ -53,8 +55,10 @@ from crosslogic.settings import settings as read_settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -101,7 +105,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     usage_log = UsageLog(settings.usage_log_dir, encode(new_id()))
     rules = Rules(settings.full_load_s, settings.slow_start_s, settings.ejected_share)
     table = RouteTable(partial(node_credential, secret), _tls(), rules)
-    book = LimitBook(pipeline, settings.redis_prefix, encode(new_id()), LimitSums(pool).read)
+    process = encode(new_id())
+    book = LimitBook(pipeline, settings.redis_prefix, process, LimitSums(pool).read)
+    arrivals = Arrivals(NodeStore(pool), LeadTimeStore(pool))
     limits = Limits(book, observer.would_refuse)
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,
@@ -116,6 +122,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         hold_s=settings.hold_timeout_s,
         full_load_s=settings.full_load_s,
         processes=lambda: book.sharers,
+        eta_s=arrivals.eta_s,
         on_shed=observer.shed,
     )
     relay = Relay(table, admission, usage_log, limits, observer, deadlines, settings.hold_timeout_s)
@@ -142,6 +149,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         table=table,
         inference=inference,
     )
+    demand = DemandTeller(
+        DemandBoard(redis, settings.redis_prefix), process, table=table, admission=admission, observer=observer
+    )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
     app.state.observe = partial(_observe, observer, table, relay, admission, usage_log, book)
@@ -160,6 +170,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         relay.keep_progress(),
         table.keep_probing(),
         observer.keep_measuring(),
+        demand.keep_telling(),
+        arrivals.keep_reading(),
+        keep_showing(ScalingStore(pool), observer),
     ]
     tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]
     for task in tasks:
@@ -179,6 +192,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         with contextlib.suppress(Exception):
             # Otherwise the others would leave it a share of every region's capacity until it counts as dead.
             await within(1, limits.leave())
+        with contextlib.suppress(Exception):
+            await within(1, demand.leave())
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=2)

@@ -17,9 +17,11 @@ from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -42,6 +44,8 @@ class AdminContext:
     catalog: CatalogStore = field(init=False)
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
+    lead_times: LeadTimeStore = field(init=False)
+    scaling: ScalingStore = field(init=False)
     reservations: ReservationStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
@@ -53,6 +57,8 @@ class AdminContext:
             ("catalog", CatalogStore(self.pool)),
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
+            ("lead_times", LeadTimeStore(self.pool)),
+            ("scaling", ScalingStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),

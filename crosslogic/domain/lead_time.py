@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from crosslogic.domain.node import NodeState
+from crosslogic.domain.node import Node, NodeState
 
 
 class Phase(StrEnum):
@@ -87,17 +87,23 @@ class LeadTimes:
         basis = USUAL if coarsest == len(GROUPS) else ", ".join(GROUPS[coarsest]) or "all"
         return Eta(p50, p50 + math.sqrt(spread_squares), least, basis)
 
+    def eta_of(self, node: Node, ended: Mapping[Phase, float], now: float) -> Eta:
+        """For a node that is on its way, of whose start these phases have ended; `now` is in Unix seconds."""
+        age_s = now - node.created_at.timestamp()
+        return self.eta(
+            cloud=node.provider,
+            gpu=node.gpu,
+            model=node.model,
+            phase=PHASE_OF[node.state],
+            age_s=max(0.0, age_s - sum(ended.values())),
+        )
+
     def _group(self, phase: Phase, of: PhaseSample) -> tuple[Sequence[float], int]:
         for place, group in enumerate(GROUPS):
             seconds = self._seconds.get((phase, group, _values(of, group)), ())
             if len(seconds) >= LEAST_SAMPLES:
                 return seconds, place
         return (), len(GROUPS)
-
-
-def phase_age_s(age_s: float, ended: Mapping[Phase, float]) -> float:
-    """For how long a node of that age has been in its phase, by the lengths of those that have ended."""
-    return max(0.0, age_s - sum(ended.values()))
 
 
 def _values(sample: PhaseSample, group: Sequence[str]) -> tuple[str, ...]:

@@ -27,6 +27,11 @@ class NodeStore:
     SELECT = "SELECT * FROM nodes WHERE id = $1"
     SELECT_MANY = "SELECT * FROM nodes WHERE id = ANY($1::uuid[])"
     SELECT_ALIVE = "SELECT * FROM nodes WHERE ended_at IS NULL ORDER BY created_at, id"
+    SELECT_ON_THE_WAY = """
+        SELECT * FROM nodes
+        WHERE state IN ('requested', 'launching', 'booting', 'loading') AND tombstoned_at IS NULL
+        ORDER BY created_at, id
+    """
     SELECT_ALL = "SELECT * FROM nodes ORDER BY created_at DESC, id DESC LIMIT $1"
     SELECT_PAGE = """
         SELECT * FROM nodes
@@ -117,6 +122,10 @@ class NodeStore:
         else:
             rows = await self._pool.fetch(self.SELECT_ALIVE_IN_REGION, region)
         return [_node(row) for row in rows]
+
+    async def list_on_the_way(self) -> list[Node]:
+        """All nodes that do not serve yet and are not being undone, oldest first."""
+        return [_node(row) for row in await self._pool.fetch(self.SELECT_ON_THE_WAY)]
 
     async def list_all(self, limit: int = 1000) -> list[Node]:
         """The newest nodes, ended ones included, newest first."""

@@ -35,8 +35,8 @@ class ScalingStore:
 
     RECORD = """
         INSERT INTO scaling_decisions (deployment, region, desired, needed, present, serving, ordered, drained, reason)
-        SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9
-        WHERE $7 + $8 > 0 OR NOT EXISTS (
+        SELECT $1, $2, $3::integer, $4::integer, $5::integer, $6::integer, $7::integer, $8::integer, $9
+        WHERE $7::integer + $8::integer > 0 OR NOT EXISTS (
             SELECT FROM (
                 SELECT * FROM scaling_decisions WHERE deployment = $1 AND region = $2 ORDER BY at DESC LIMIT 1
             ) last
