@@ -13,7 +13,16 @@ from temporalio import activity
 from activities.nodes import NodeActivities
 from crosslogic.contracts.deployment import DeploymentPlan, DeploymentSurvey, PlanRequest, ReplicaDrain, ReplicaOrder
 from crosslogic.contracts.node import NodeOrder, NodeProvisioningInput, NodeSpec
-from crosslogic.domain.autoscaling import DEFAULT_RULES, Demand, RegionPlan, ScalingRules, Sight, decide, spending
+from crosslogic.domain.autoscaling import (
+    DEFAULT_RULES,
+    Demand,
+    RegionMemory,
+    RegionPlan,
+    ScalingRules,
+    Sight,
+    decide,
+    spending,
+)
 from crosslogic.domain.catalog import Catalog
 from crosslogic.domain.deployment import LONGEST_PAUSE_S, RegionTarget, Replica
 from crosslogic.domain.errors import Unavailable
@@ -80,7 +89,7 @@ class DeploymentActivities:
         cap = survey.settings.spend_cap_microdollars_per_h
         spent = spending(survey.replicas)
         plans: list[RegionPlan] = []
-        kept = []
+        kept: list[RegionMemory] = []
         for target in _targets(survey):
             replicas = [replica for replica in survey.replicas if replica.region == target.region]
             place = (survey.model, target.region)

@@ -5,16 +5,30 @@ Ours is the product's own decision (`crosslogic.domain.autoscaling`), called as 
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from bench.fleet_model import (
     DAY_S,
+    HOUR_S,
     Machine,
     Node,
+    Result,
+    Scaler,
     Seen,
     Step,
     Workload,
+    read_trace,
+    simulate,
+    stretch,
     work_by_bin,
 )
 from crosslogic.domain.autoscaling import DEFAULT_RULES, Demand, RegionMemory, ScalingRules, Sight, decide
@@ -22,6 +36,8 @@ from crosslogic.domain.deployment import RegionTarget, Replica, ScalingSettings
 from crosslogic.domain.node import NodeState
 
 SLO_S = 5.0
+# At an equal or better 99th percentile ours may cost so much of what the QPS threshold costs.
+MOST_OF_QPS_COST = 0.7
 REPLICAS_MIN, REPLICAS_MAX = 1, 40
 # What a node does of such a mix, in tokens of work: what its admission would measure, if it could.
 MIX_PROMPT, MIX_GENERATED = 2048, 28
@@ -187,3 +203,152 @@ def by_yesterday(rates: Sequence[tuple[float, float]], ahead_s: float) -> float:
         return 0.0
     around = [rate for _, rate in rates[place - 30 : place + 30]]
     return sum(around) / len(around) if around else 0.0
+
+
+QPS_TARGETS = (0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08)
+FLEETS = (12, 16, 20, 24, 28, 32)
+UTILIZATIONS = (0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+FORECASTS = {"ours, with a trend": by_trend, "ours, with yesterday": by_yesterday}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy's figures."""
+
+    group: str
+    name: str
+    ttft_s_p50: float
+    ttft_s_p99: float
+    attained: float
+    usd: float
+    orders: int
+    deaths: int
+    ready: list[tuple[float, int]]
+
+
+@cache
+def workload_of(days: float, seed: int) -> Workload:
+    """The same requests for every policy."""
+    return stretch(read_trace(), days, seed)
+
+
+def run(group: str, setting: float | str, days: float, seed: int) -> Row:
+    """Simulate one policy."""
+    machine, workload = Machine(), workload_of(days, seed)
+    scalers: dict[str, Callable[[], Scaler]] = {
+        "ours": lambda: Ours(machine),
+        "forecast": lambda: Ours(machine, str(setting), forecast=FORECASTS[str(setting)]),
+        "qps": lambda: QpsThreshold(float(setting)),
+        "fixed": lambda: Fixed(int(setting)),
+        "clairvoyant": lambda: Clairvoyant(workload, machine, float(setting)),
+    }
+    result: Result = simulate(workload, scalers[group](), machine, seed)
+    return Row(
+        group,
+        result.name,
+        result.ttft_s_at(0.5),
+        result.ttft_s_at(0.99),
+        result.attained(SLO_S),
+        result.usd,
+        result.orders,
+        result.deaths,
+        result.ready,
+    )
+
+
+def cheapest(rows: Iterable[Row], group: str, ttft_s_p99: float) -> Row | None:
+    """The cheapest setting of a policy whose 99th percentile is not worse than this; None if there is none."""
+    good = [row for row in rows if row.group == group and row.ttft_s_p99 <= ttft_s_p99]
+    return min(good, key=lambda row: row.usd, default=None)
+
+
+def table(rows: Sequence[Row], ours: Row) -> str:
+    """The figures in Markdown, cheapest first."""
+    lines = [
+        "| policy | USD | of ours | first token p50 | p99 | within 5 s | nodes ordered | lost |",
+        "|---|" + "---:|" * 7,
+    ]
+    lines += [
+        f"| {'**' + row.name + '**' if row is ours else row.name} | {row.usd:.0f} | {row.usd / ours.usd:.0%} | "
+        f"{row.ttft_s_p50:.2f} s | {row.ttft_s_p99:.2f} s | {row.attained:.1%} | {row.orders} | {row.deaths} |"
+        for row in sorted(rows, key=lambda row: row.usd)
+    ]
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[Row], ours: Row) -> str:
+    """Ours against the cheapest setting of each other policy that keeps the same tail."""
+    lines: list[str] = []
+    for group, words in (("qps", "QPS threshold"), ("fixed", "fixed fleet"), ("clairvoyant", "clairvoyant")):
+        rival = cheapest(rows, group, ours.ttft_s_p99)
+        if rival is None:
+            lines.append(f"{words}: no setting keeps a p99 of {ours.ttft_s_p99:.2f} s")
+        else:
+            lines.append(
+                f"{words} ({rival.name}, p99 {rival.ttft_s_p99:.2f} s): {rival.usd:.0f} USD; "
+                f"ours costs {ours.usd / rival.usd:.0%} of that"
+            )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[Row], ours: Row, path: Path) -> None:
+    """Cost against the tail for every setting, and the nodes of one day."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    # Its own annotations are partial.
+    pyplot: Any = __import__("matplotlib.pyplot", fromlist=["pyplot"])
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    looks = {"qps": "#8d99ae", "fixed": "#edae49", "clairvoyant": "#66a182", "forecast": "#d1495b", "ours": "#d1495b"}
+    words = {"qps": "QPS threshold", "fixed": "fixed fleet", "clairvoyant": "clairvoyant", "ours": "ours"}
+    for group, colour in looks.items():
+        points = sorted((row.usd, row.ttft_s_p99) for row in rows if row.group == group)
+        style = "x" if group == "forecast" else "o-"
+        left.plot(*zip(*points, strict=True), style, color=colour, label=words.get(group, "ours, with a forecast"))
+    left.set_yscale("log")
+    left.set_xlabel("USD")
+    left.set_ylabel("time to first token, p99 in s")
+    left.legend(frameon=False)
+    rival, seer = cheapest(rows, "qps", ours.ttft_s_p99), cheapest(rows, "clairvoyant", ours.ttft_s_p99)
+    for row, colour in ((rival, looks["qps"]), (seer, looks["clairvoyant"]), (ours, looks["ours"])):
+        if row is not None:
+            day = [(at / HOUR_S, nodes) for at, nodes in row.ready if at <= DAY_S]
+            right.plot(*zip(*day, strict=True), color=colour, linewidth=0.8, label=row.name)
+    right.set_xlabel("hour of the first day")
+    right.set_ylabel("nodes that serve")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all policies and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.autoscaling", description=__doc__)
+    parser.add_argument("--days", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a folder for autoscaling.md and autoscaling.png")
+    given = parser.parse_args(arguments)
+    jobs: list[tuple[str, float | str]] = [("ours", 0.0), *(("forecast", name) for name in FORECASTS)]
+    jobs += [("qps", target) for target in QPS_TARGETS]
+    jobs += [("fixed", nodes) for nodes in FLEETS]
+    jobs += [("clairvoyant", utilization) for utilization in UTILIZATIONS]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        running = [pool.submit(run, group, setting, given.days, given.seed) for group, setting in jobs]
+        rows = [future.result() for future in running]
+    ours = rows[0]
+    words = f"{table(rows, ours)}\n\n{verdict(rows, ours)}\n"
+    print(
+        f"{len(workload_of(given.days, given.seed).at)} requests in {given.days:g} days, seed {given.seed}\n\n{words}"
+    )
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "autoscaling.md").write_text(words)
+        plot(rows, ours, given.out / "autoscaling.png")
+    rival = cheapest(rows, "qps", ours.ttft_s_p99)
+    return 0 if rival is None or ours.usd <= MOST_OF_QPS_COST * rival.usd else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -129,10 +129,9 @@ def _decode(text: str) -> dict[Place, ProcessDemand] | None:
     try:
         found: dict[Place, ProcessDemand] = {}
         for model, region, stored in json.loads(text):
-            given = {name: value for name, value in stored.items() if name in _FIELDS}
-            found[(str(model), str(region))] = ProcessDemand(
-                **{**given, "ttft_counts": tuple(given.get("ttft_counts", ()))}
-            )
+            given: dict[str, Any] = {name: value for name, value in stored.items() if name in _FIELDS}
+            given["ttft_counts"] = tuple(given.get("ttft_counts", ()))
+            found[(str(model), str(region))] = ProcessDemand(**given)
     except (ValueError, TypeError, AttributeError):
         log.warning("ignored a process's word on demand that cannot be read: %r", text[:200])
         return None
