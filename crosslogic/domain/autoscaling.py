@@ -260,7 +260,8 @@ def _learn_capacity(memory: RegionMemory, serving: int, sight: Sight) -> RegionM
     if not serving or sight.demand is None or sight.now - memory.serving_since < 2 * RATE_WINDOW_S:
         return memory
     seen = sight.demand.served_tokens_per_s / serving
-    return replace(memory, capacity_tokens_per_s=seen) if seen > memory.capacity_tokens_per_s else memory
+    # Less than a token a second is no speed, and a divisor that asks for any number of nodes.
+    return replace(memory, capacity_tokens_per_s=seen) if seen > max(1.0, memory.capacity_tokens_per_s) else memory
 
 
 def _learn_headroom(
