@@ -85,6 +85,7 @@ def assemble(
 ) -> Fleet:
     """Put activities together from their clients."""
     secret = settings.node_secret
+    lead_times = LeadTimeStore(pool)
     engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
     writer = NodeActivities(
@@ -94,6 +95,7 @@ def assemble(
         providers=frozenset(clouds),
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
+        lead_times=lead_times,
     )
     machines = CloudActivities(clouds, nodes, is_loopback_allowed=settings.is_dev)
     probes = ProbeActivities(
@@ -111,7 +113,7 @@ def assemble(
         catalog,
         writer,
         decisions=ScalingStore(pool),
-        lead_times=LeadTimeStore(pool),
+        lead_times=lead_times,
         demand=demand,
         heartbeats=HeartbeatBoard(redis, settings.redis_prefix),
         rules=ScalingRules(full_load_s=settings.full_load_s),
