@@ -154,7 +154,7 @@ class TestCatalog:
         assert actions == ["deployment.put"] * 2, "the third changed nothing"
 
     def test_how_a_deployment_grows_is_changed_field_by_field(self, api: httpx.Client) -> None:
-        body = {"model": "llama-3-8b", "regions": []}
+        body: dict[str, Any] = {"model": "llama-3-8b", "regions": []}
         grows = {"gpus": ["L4", "A100"], "ttft_target_ms": 2000, "placement": "packed"}
         first = api.put("/deployments/chat", json=body | {"scaling": grows}).json()["scaling"]
         assert first == {**first, **grows, "on_demand_base": 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
@@ -35,7 +35,7 @@ class Board:
         self._board = DemandBoard(self._redis, api.settings.redis_prefix)
         self._api = api
 
-    async def until(self, look: Any, within_s: float = 5.0) -> Demand:
+    async def until(self, look: Callable[[Demand], bool], within_s: float = 5.0) -> Demand:
         async def seen() -> Demand | None:
             demand = (await self._board.read() or {}).get(PLACE)
             return demand if demand is not None and look(demand) else None
@@ -125,6 +125,7 @@ class TestDemand:
         assert seen.arrival_tokens_per_s == pytest.approx(seen.served_tokens_per_s)
         assert seen.tokens_in_flight == 0
         assert seen.ttft_ms_p50 is not None
+        assert seen.ttft_ms_p99 is not None
         assert seen.ttft_ms_p50 <= seen.ttft_ms_p99
         await board.close()
 
