@@ -18,6 +18,7 @@ import asyncpg
 import redis.asyncio as aioredis
 from pydantic import ValidationError
 from temporalio.client import Client
+from temporalio.service import RPCError
 from temporalio.worker import Interceptor, Worker
 
 from activities.authority import AuthorityActivities
@@ -34,10 +35,12 @@ from crosslogic.clients.local_cloud import LocalCloud
 from crosslogic.clients.skypilot import SkyPilot
 from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
+from crosslogic.domain.autoscaling import ScalingRules
 from crosslogic.domain.certificates import join_token
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
+from crosslogic.hot.demand import DemandBoard
 from crosslogic.hot.heartbeats import HeartbeatBoard
 from crosslogic.hot.passive import PassiveBoard
 from crosslogic.hot.routes import RouteBoard
@@ -45,9 +48,11 @@ from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.placement import PlacementStore
 from crosslogic.store.preemptions import PreemptionStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.telemetry import configure_logging
 from crosslogic.trust import Trust
 from workflows.certificate_rotation import CertificateRotation
@@ -77,6 +82,9 @@ GRACEFUL_SHUTDOWN = timedelta(seconds=2)
 LONGEST_SHUTDOWN_S = 3.5
 # Entities that were closed, and deployments that are new, are noticed within this.
 KEEP_INTERVAL_S = 30.0
+# How soon a request that waits for a first node is seen, and how long nobody is woken again after that.
+WAKE_INTERVAL_S = 1.0
+WOKEN_PAUSE_S = 5.0
 # Between two attempts to reach what is not there yet, and between two lines that say so.
 RETRY_INTERVAL_S = 0.5
 COMPLAINT_INTERVAL_S = 10.0
@@ -88,6 +96,7 @@ class Fleet:
 
     nodes: NodeStore
     catalog: CatalogStore
+    demand: DemandBoard
     activities: list[Callable[..., Any]]
     close: Callable[[], Awaitable[None]]
     trust: Trust
@@ -99,6 +108,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
     agents = AgentStore(pool)
     trust = Trust(agents, secret, "worker.crosslogic.internal", lambda: datetime.now(UTC))
     engine = EngineClient(secret, settings.probe_timeout_s, trust=trust, guard=settings.refuse_address)
+    lead_times = LeadTimeStore(pool)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
     board = RouteBoard(redis, settings.redis_prefix)
     writer = NodeActivities(
@@ -108,6 +118,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
         providers=frozenset(clouds),
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
+        lead_times=lead_times,
     )
     machines = CloudActivities(
         clouds, nodes, is_loopback_allowed=settings.is_dev, catalog=catalog, placement=PlacementStore(pool)
@@ -126,12 +137,22 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
         generation_interval_s=settings.generation_interval_s,
         generation_timeout_s=settings.generation_timeout_s,
     )
-    deployments = DeploymentActivities(nodes, catalog, writer)
+    demand = DemandBoard(redis, settings.redis_prefix)
+    deployments = DeploymentActivities(
+        nodes,
+        catalog,
+        writer,
+        decisions=ScalingStore(pool),
+        lead_times=lead_times,
+        demand=demand,
+        heartbeats=HeartbeatBoard(redis, settings.redis_prefix),
+        rules=ScalingRules(full_load_s=settings.full_load_s),
+    )
     authority = AuthorityActivities(trust, agents)
     interruptions = InterruptionActivities(PreemptionStore(pool))
     held = (writer, machines, probes, deployments, authority, interruptions)
     activities = [method for one in held for method in activities_of(one)]
-    return Fleet(nodes, catalog, activities, engine.close, trust)
+    return Fleet(nodes, catalog, demand, activities, engine.close, trust)
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:
@@ -188,11 +209,13 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     fleet = assemble(settings, pool, clouds, redis)
     keeping = asyncio.create_task(keep_entities(client, settings.fleet_task_queue, fleet))
     trusting = asyncio.create_task(fleet.trust.keep_fresh())
+    waking = asyncio.create_task(keep_waking(client, fleet))
     try:
         await _work(client, settings, fleet, stop)
     finally:
         keeping.cancel()
         trusting.cancel()
+        waking.cancel()
         with contextlib.suppress(Exception):
             await fleet.close()
             for cloud in rented:
@@ -251,6 +274,37 @@ async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_
             await asyncio.sleep(min(interval_s, 2.0))
         else:
             await asyncio.sleep(interval_s)
+
+
+async def wake_once(client: Client, fleet: Fleet) -> list[str]:
+    """Nudge the deployments that requests wait for which found no node; their names. Raises what is away raises."""
+    waited_for = {place for place, seen in (await fleet.demand.read() or {}).items() if seen.held_requests}
+    if not waited_for:
+        return []
+    deployments = (await fleet.catalog.load()).deployments.values()
+    woken = [
+        deployment.name
+        for deployment in deployments
+        if any((deployment.model, target.region) in waited_for for target in deployment.regions)
+    ]
+    for name in woken:
+        handle = client.get_workflow_handle(names.deployment_workflow_id(name))
+        # One that is not there is started by `keep_entities`, and looks first of all.
+        with contextlib.suppress(RPCError):
+            await handle.signal(names.LOOK_AGAIN, rpc_timeout=timedelta(seconds=5))
+    return woken
+
+
+async def keep_waking(client: Client, fleet: Fleet) -> None:
+    """See to it, again and again, that a deployment which was scaled to zero learns at once that it is wanted."""
+    while True:
+        try:
+            is_anyone_woken = bool(await wake_once(client, fleet))
+        except Exception as error:
+            log.warning("whom requests wait for cannot be seen now: %s", error)
+            is_anyone_woken = True
+        # The node that was ordered takes longer than this.
+        await asyncio.sleep(WOKEN_PAUSE_S if is_anyone_woken else WAKE_INTERVAL_S)
 
 
 async def _connect_database(settings: Settings) -> asyncpg.Pool:

@@ -38,6 +38,7 @@ from crosslogic.domain.placement import Gpus, fitting
 if TYPE_CHECKING:
     from crosslogic.hot.routes import RouteBoard
     from crosslogic.store.catalog import CatalogStore
+    from crosslogic.store.lead_times import LeadTimeStore
     from crosslogic.store.nodes import NodeStore
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,9 @@ class NodeActivities:
         providers: Collection[str],
         default_provider: str,
         is_loopback_allowed: bool,
+        lead_times: LeadTimeStore | None = None,
     ) -> None:
+        self._lead_times = lead_times
         self._nodes = nodes
         self._catalog = catalog
         self._board = board
@@ -89,13 +92,18 @@ class NodeActivities:
         return self._choose(order, catalog)
 
     @activity.defn
-    async def intend_node(self, spec: NodeSpec) -> None:
-        """Write the row that must be there before any cloud is called (F3).
+    async def intend_node(self, spec: NodeSpec) -> str | None:
+        """Write the row that must be there before any cloud is called (F3); when it will serve, in words.
 
         Raises Rejected when the id belongs to another workflow or its node was undone already.
         """
         node = await self._nodes.intend(_intent(spec))
         _check_is_ours(node, spec.workflow_id)
+        if self._lead_times is None:
+            return None
+        eta = (await self._lead_times.load()).eta(cloud=spec.provider, gpu=spec.gpu, model=spec.model)
+        learnt = f"learnt from {eta.samples} nodes, {eta.basis}" if eta.samples else "a guess: nothing is learnt yet"
+        return f"usually serves within {eta.p50_s:.0f} s, in nine of ten cases within {eta.p90_s:.0f} s ({learnt})"
 
     @activity.defn
     async def join_node(self, spec: NodeSpec) -> NodeSpec:

@@ -25,6 +25,7 @@ from api import admin, agents, error_handlers, scraping
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
 from api.agents import AgentContext
+from api.demand import Arrivals, DemandTeller, keep_showing
 from api.feeds import Feeds
 from api.inference import metering, openapi
 from api.inference.admission import Admission
@@ -46,6 +47,7 @@ from crosslogic.domain.errors import Rejected
 from crosslogic.domain.ids import encode
 from crosslogic.domain.scheduling import Rules
 from crosslogic.hot import connection as redis_connection
+from crosslogic.hot.demand import DemandBoard
 from crosslogic.hot.heartbeats import HeartbeatBoard
 from crosslogic.hot.limits import LimitBook
 from crosslogic.hot.passive import PassiveBoard
@@ -58,8 +60,10 @@ from crosslogic.store import database
 from crosslogic.store.agents import AgentStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 from crosslogic.trust import Trust
@@ -111,7 +115,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     table = RouteTable(
         partial(node_credential, secret), _tls(), rules, agent_tls=trust.context, guard=settings.refuse_address
     )
-    book = LimitBook(pipeline, settings.redis_prefix, encode(new_id()), LimitSums(pool).read)
+    process = encode(new_id())
+    book = LimitBook(pipeline, settings.redis_prefix, process, LimitSums(pool).read)
+    arrivals = Arrivals(NodeStore(pool), LeadTimeStore(pool))
     limits = Limits(book, observer.would_refuse)
     deadlines = Deadlines(
         connect_s=settings.connect_timeout_s,
@@ -126,6 +132,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         hold_s=settings.hold_timeout_s,
         full_load_s=settings.full_load_s,
         processes=lambda: book.sharers,
+        eta_s=arrivals.eta_s,
         on_shed=observer.shed,
     )
     relay = Relay(table, admission, usage_log, limits, observer, deadlines, settings.hold_timeout_s)
@@ -153,7 +160,10 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         table=table,
         inference=inference,
     )
-    passive = PassiveView(table, PassiveBoard(redis, settings.redis_prefix), encode(new_id()))
+    passive = PassiveView(table, PassiveBoard(redis, settings.redis_prefix), process)
+    demand = DemandTeller(
+        DemandBoard(redis, settings.redis_prefix), process, table=table, admission=admission, observer=observer
+    )
     shipper = Shipper(usage_log, usage.add)
     app.state.admin = AdminContext(settings=settings, pool=pool, connect_temporal=partial(temporal.connect, settings))
     app.state.agents = AgentContext(app.state.admin, trust, HeartbeatBoard(redis, settings.redis_prefix), board)
@@ -175,6 +185,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         trust.keep_fresh(),
         passive.keep_telling(),
         observer.keep_measuring(),
+        demand.keep_telling(),
+        arrivals.keep_reading(),
+        keep_showing(ScalingStore(pool), observer),
     ]
     tasks = [asyncio.create_task(coroutine, name=getattr(coroutine, "__qualname__", None)) for coroutine in background]
     for task in tasks:
@@ -195,6 +208,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         with contextlib.suppress(Exception):
             # Otherwise the others would leave it a share of every region's capacity until it counts as dead.
             await within(1, limits.leave())
+        with contextlib.suppress(Exception):
+            await within(1, demand.leave())
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=2)

@@ -130,9 +130,11 @@ class NodeProvisioning:
     async def _bring_up(self, spec: NodeSpec, order: NodeProvisioningInput) -> None:
         """Each step's undo is in `_undo`, which relies on the tombstone and on names that derive from the node's id."""
         self._begin("writing down that the node is wanted")
-        await workflow.execute_activity_method(
+        forecast = await workflow.execute_activity_method(
             NodeActivities.intend_node, spec, **QUICK, summary="Write the intent before any cloud is called"
         )
+        if forecast:
+            self._story.tell(f"such a node {forecast}")
 
         self._begin(f"ordering the machine {spec.cluster} from {spec.provider}", NodeState.LAUNCHING)
         # Never abandoned in flight: its effect could come after the undo.

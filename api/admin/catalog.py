@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Query, Response
 from pydantic import BaseModel, Field, model_validator
 
 from api.admin.context import ACTOR, Admin, AdminRoute
-from api.admin.schemas import Body, Page
+from api.admin.schemas import Body, Limit, Page
 from crosslogic.contracts import names
 from crosslogic.contracts.deployment import DeploymentScalingInput
 from crosslogic.domain.catalog import Catalog, Deployment, Model
-from crosslogic.domain.deployment import RegionTarget
+from crosslogic.domain.deployment import Placement, RegionTarget
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.domain.regions import Region
 
@@ -77,6 +78,21 @@ class TargetOut(BaseModel):
     replicas_max: int
 
 
+class ScalingOut(BaseModel):
+    """What a deployment says of its own growth; it holds in each of its regions."""
+
+    placement: Placement = Field(description="Replicas over zones, or close together.")
+    on_demand_base: int = Field(description="So many replicas of a region are not spot machines.")
+    ttft_target_ms: int | None = Field(description="What 99 % of the streams' first tokens keep. Null: no target.")
+    spend_cap_microdollars_per_h: int | None = Field(
+        description="All its machines together cost no more; nodes whose price is unknown count nothing. Null: no cap."
+    )
+    idle_s: int = Field(description="Where replicas_min is 0: without a request for so long, no node is kept.")
+    gpus: list[str] = Field(
+        description="Best first; one that cannot be had gives way to the next. Empty: the cheapest."
+    )
+
+
 class DeploymentOut(BaseModel):
     """The promise to serve one model in these regions."""
 
@@ -84,6 +100,7 @@ class DeploymentOut(BaseModel):
     model: str
     strategy: str
     regions: list[TargetOut]
+    scaling: ScalingOut
 
 
 class DeploymentPutOut(DeploymentOut):
@@ -110,12 +127,44 @@ class TargetIn(Body):
         return self
 
 
+class ScalingIn(Body):
+    """What to change of its growth; what is left out stays as it is. Null takes a target or a cap away."""
+
+    placement: Placement = Field(default=Placement.SPREAD, description="Replicas over zones, or close together.")
+    on_demand_base: int = Field(default=0, strict=True, ge=0, le=1000)
+    ttft_target_ms: int | None = Field(default=None, strict=True, ge=1, le=600_000, examples=[2000])
+    spend_cap_microdollars_per_h: int | None = Field(
+        default=None, strict=True, ge=0, le=10**12, examples=[5_000_000], description="5 000 000 are 5 USD an hour."
+    )
+    idle_s: int = Field(default=600, strict=True, ge=1, le=86_400)
+    gpus: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", examples=["L4"])]] = Field(
+        default_factory=list[str], max_length=8
+    )
+
+
 class DeploymentIn(Body):
     """All of a deployment: regions that are left out are no part of it any more."""
 
     model: Annotated[str, Field(max_length=128, description="A model's name or alias.", examples=["llama-3-8b"])]
     strategy: Strategy | None = Field(default=None, description="Left out: as it is, `least-load` for a new one.")
     regions: list[TargetIn] = Field(max_length=64)
+    scaling: ScalingIn | None = Field(default=None, description="Left out: as it is.")
+
+
+class DecisionOut(BaseModel):
+    """What the autoscaler decided about one region, and why."""
+
+    region: str = Field(examples=["in-mumbai"])
+    at: datetime
+    desired: int
+    needed: int | None = Field(description="What the load alone needs. Null: it could not be seen.")
+    present: int = Field(description="Nodes that serve or are on their way.")
+    serving: int
+    ordered: int
+    drained: int
+    reason: str = Field(
+        examples=["2 of 4 replicas present, 2 serving; 900 tokens/s arrive, a node does 300; ordering 2"]
+    )
 
 
 @router.get("/models")
@@ -156,12 +205,26 @@ async def get_deployment(name: DeploymentPath, admin: Admin) -> DeploymentOut:
     """One deployment."""
     deployment = (await admin.catalog.load()).deployments.get(name)
     if deployment is None:
-        raise Rejected(
-            f"There is no deployment {name}. List the deployments to see which there are.",
-            status=404,
-            code="deployment_not_found",
-        )
+        raise _no_deployment(name)
     return DeploymentOut(**_show_deployment(deployment))
+
+
+@router.get("/deployments/{name}/scaling")
+async def list_scaling_decisions(
+    name: DeploymentPath,
+    admin: Admin,
+    region: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Limit = 50,
+) -> Page[DecisionOut]:
+    """What the autoscaler decided lately, newest first; it is kept for a week."""
+    catalog = await admin.catalog.load()
+    if name not in catalog.deployments:
+        raise _no_deployment(name)
+    found = await admin.scaling.list_decisions(
+        name, region=None if region is None else catalog.regions.resolve(region), limit=limit + 1
+    )
+    shown = [DecisionOut.model_validate(one, from_attributes=True) for one in found[:limit]]
+    return Page(data=shown, has_more=len(found) > limit)
 
 
 @router.put("/deployments/{name}", responses={201: {"description": "It is new."}})
@@ -181,8 +244,11 @@ async def put_deployment(
     ]
     if len({target.region for target in targets}) < len(targets):
         raise Rejected("Give each region once.", code="invalid_request", param="regions")
+    scaling: dict[str, Any] = {} if body.scaling is None else body.scaling.model_dump(exclude_unset=True)
+    if "gpus" in scaling:
+        scaling["gpus"] = tuple(scaling["gpus"])
     deployment, is_new = await admin.catalog.put_deployment(
-        name, model=model.name, strategy=body.strategy, regions=targets, actor=ACTOR
+        name, model=model.name, strategy=body.strategy, regions=targets, actor=ACTOR, scaling=scaling
     )
     if is_new:
         response.status_code = 201
@@ -213,6 +279,14 @@ def resolve_model(catalog: Catalog, name: str) -> Model:
     return model
 
 
+def _no_deployment(name: str) -> Rejected:
+    return Rejected(
+        f"There is no deployment {name}. List the deployments to see which there are.",
+        status=404,
+        code="deployment_not_found",
+    )
+
+
 def _show_model(model: Model) -> ModelOut:
     return ModelOut.model_validate(model, from_attributes=True)
 
@@ -227,4 +301,5 @@ def _show_deployment(deployment: Deployment) -> dict[str, Any]:
         "model": deployment.model,
         "strategy": deployment.strategy,
         "regions": [TargetOut.model_validate(target, from_attributes=True) for target in deployment.regions],
+        "scaling": ScalingOut.model_validate(deployment.scaling, from_attributes=True),
     }

@@ -17,10 +17,12 @@ from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.preemptions import PreemptionStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -46,6 +48,8 @@ class AdminContext:
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
     preemptions: PreemptionStore = field(init=False)
+    lead_times: LeadTimeStore = field(init=False)
+    scaling: ScalingStore = field(init=False)
     reservations: ReservationStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
@@ -58,6 +62,8 @@ class AdminContext:
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
             ("preemptions", PreemptionStore(self.pool)),
+            ("lead_times", LeadTimeStore(self.pool)),
+            ("scaling", ScalingStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Annotated
+from uuid import UUID
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
@@ -17,7 +19,8 @@ from crosslogic.contracts.node import JOINED, NodeLifecycleInput, NodeProvisioni
 from crosslogic.domain import ids
 from crosslogic.domain.credentials import node_credential
 from crosslogic.domain.errors import Rejected, Unavailable
-from crosslogic.domain.node import FINAL_STATES, Node, NodeState, check_endpoint
+from crosslogic.domain.lead_time import Eta
+from crosslogic.domain.node import FINAL_STATES, ON_THE_WAY, Node, NodeState, check_endpoint
 from crosslogic.domain.spot import hazards
 from crosslogic.new_ids import new_id
 
@@ -30,6 +33,16 @@ NewNodeId = Annotated[
     str | None,
     Field(max_length=64, description="Left out: a new id. Give one of your own making to be able to repeat the call."),
 ]
+
+
+class EtaOut(BaseModel):
+    """How sure an ETA is."""
+
+    p90_s: int = Field(description="In nine of ten cases it serves by then.")
+    samples: int = Field(description="The nodes that it was learnt from.")
+    basis: str = Field(
+        description="What they have in common with this one; `usual`: nothing is known.", examples=["cloud, gpu, model"]
+    )
 
 
 class NodeOut(BaseModel):
@@ -53,6 +66,8 @@ class NodeOut(BaseModel):
     cloud: str = Field(description="Whose machine it is, once it runs; empty for one that is not rented.")
     zone: str = Field(description="The cloud's name of it.")
     instance_type: str
+    eta_s: int | None = Field(description="Until it serves, in half of the cases. Null: it is not on its way.")
+    eta_confidence: EtaOut | None
     generation: int
     workflow_id: str = Field(description="The workflow that is responsible for it now.")
     created_at: datetime
@@ -166,7 +181,8 @@ async def list_nodes(
         before=after_uuid(ids.NODE, after),
         limit=limit + 1,
     )
-    return page(rows, limit, _show_node, lambda node: node.id)
+    etas = await _etas(admin, rows)
+    return page(rows, limit, lambda node: _show_node(node, etas.get(node.id)), lambda node: node.id)
 
 
 @router.get("/nodes/costs")
@@ -220,7 +236,19 @@ async def list_hazards(
 @router.get("/nodes/{node_id}")
 async def get_node(node_id: NodePath, admin: Admin) -> NodeOut:
     """One node."""
-    return _show_node(await admin.nodes.get(ids.NODE.parse(node_id)))
+    node = await admin.nodes.get(ids.NODE.parse(node_id))
+    return _show_node(node, (await _etas(admin, [node])).get(node.id))
+
+
+async def _etas(admin: Admin, nodes: Sequence[Node]) -> dict[UUID, Eta]:
+    """When those will serve that are on their way."""
+    coming = [node for node in nodes if node.state in ON_THE_WAY and not node.is_tombstoned]
+    if not coming:
+        return {}
+    learnt = await admin.lead_times.load()
+    ended = await admin.lead_times.ended_phases([node.id for node in coming])
+    now = datetime.now(UTC).timestamp()
+    return {node.id: learnt.eta_of(node, ended.get(node.id, {}), now) for node in coming}
 
 
 @router.patch("/nodes/{node_id}")
@@ -346,7 +374,7 @@ def _show_joined(admin: Admin, node_id: str) -> JoinedOut:
     )
 
 
-def _show_node(node: Node) -> NodeOut:
+def _show_node(node: Node, eta: Eta | None = None) -> NodeOut:
     return NodeOut(
         id=node.node_id,
         state=node.state,
@@ -366,6 +394,8 @@ def _show_node(node: Node) -> NodeOut:
         cloud=node.cloud,
         zone=node.zone,
         instance_type=node.instance_type,
+        eta_s=None if eta is None else round(eta.p50_s),
+        eta_confidence=None if eta is None else EtaOut(p90_s=round(eta.p90_s), samples=eta.samples, basis=eta.basis),
         generation=node.generation,
         workflow_id=node.workflow_id,
         created_at=node.created_at,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from api.inference.router import Pool, RouteTable
@@ -47,6 +47,15 @@ class Asked:
         self.deadline_at = deadline_at
         # In the traffic of a lost region: once, however often it is asked about.
         self.is_counted = False
+
+
+class Waiting(NamedTuple):
+    """What waits for the pool of one model in one region; held requests found no node there at all."""
+
+    queued_requests: int
+    queued_tokens: int
+    entering_tokens: int
+    held_requests: int
 
 
 class Place:
@@ -130,6 +139,7 @@ class _Gate:
         "_was_routable",
         "drain",
         "entering",
+        "held",
         "held_tokens",
         "loss",
         "model",
@@ -138,6 +148,7 @@ class _Gate:
         "reserved",
         "reserved_tokens",
         "serverless",
+        "strayed",
         "waiting",
         "waiting_reserved",
     )
@@ -152,6 +163,9 @@ class _Gate:
         # Admitted, but on no node yet; and what is in flight of reserved requests, wherever they run.
         self.entering = 0
         self.reserved_tokens = 0
+        # Requests that wait, at home, for a first node; and those that have gone elsewhere since somebody looked.
+        self.held = 0
+        self.strayed = 0
         self.loss: Loss | None = None
         self.drain = Drain()
         self.reserved: _Queue = FairQueue()
@@ -321,7 +335,9 @@ class Admission:
         self._eta_s = eta_s
         self._on_shed = on_shed
         self._gates: dict[tuple[str, str], _Gate] = {}
+        # Where there are always nodes, and where there are some when they are asked for.
         self._promised: frozenset[tuple[str, str]] = frozenset()
+        self._on_demand: frozenset[tuple[str, str]] = frozenset()
         self._catalog: Catalog | None = None
 
     @property
@@ -338,6 +354,12 @@ class Admission:
             for target in deployment.regions
             if target.replicas_min > 0
         )
+        self._on_demand = frozenset(
+            (deployment.model, target.region)
+            for deployment in catalog.deployments.values()
+            for target in deployment.regions
+            if target.replicas_max > 0
+        ).difference(self._promised)
         for gate in self._gates.values():
             self._set_held(gate)
 
@@ -350,6 +372,17 @@ class Admission:
     def queues(self) -> dict[tuple[str, str], int]:
         """How many requests wait, by model and region."""
         return {place: gate.waiting for place, gate in self._gates.items()}
+
+    def demand(self) -> dict[tuple[str, str], Waiting]:
+        """What waits now, by model and region; requests that strayed are told once."""
+        found: dict[tuple[str, str], Waiting] = {}
+        for place, gate in self._gates.items():
+            tokens = gate.reserved.backlog + gate.serverless.backlog if gate.waiting else 0
+            # Without a node there, whoever queues waits for a first one, too.
+            held = gate.held + gate.strayed + (gate.waiting if gate.routable() is None else 0)
+            found[place] = Waiting(gate.waiting, tokens, gate.entering, held)
+            gate.strayed = 0
+        return found
 
     # Entering
 
@@ -465,6 +498,9 @@ class Admission:
         for gate in self._candidates(asked):
             pool = gate.routable()
             if pool is not None:
+                if not asked.is_counted:
+                    asked.is_counted = True
+                    home.strayed += 1
                 if gate.waiting:
                     return None
                 if gate.has_room(pool, asked.tokens, False):
@@ -473,8 +509,13 @@ class Admission:
         return None
 
     def _loss(self, gate: _Gate) -> Loss | None:
-        """What is known of the loss of a region that has no node; None if it never had one, nor is promised any."""
+        """What is known of the loss of a region that has no node.
+
+        None if it never had one, nor is promised any, or if it may be without one while nobody asks.
+        """
         lost_at = None if gate.pool is None else gate.pool.lost_at
+        if (gate.model, gate.region) in self._on_demand:
+            return None
         if lost_at is None and (gate.model, gate.region) not in self._promised:
             return None
         if gate.loss is None or (lost_at is not None and gate.loss.at != lost_at):
@@ -603,15 +644,18 @@ class Admission:
                 retry_after_s=self._eta_s(model, asked.plan.home),
             )
         change = asyncio.ensure_future(self.table.next_change())
+        home = self._gate(model, asked.plan.home)
+        home.held += 1
         try:
             await asyncio.wait((change, gone), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            home.held -= 1
             change.cancel()
 
     def _is_coming(self, model: str, regions: Sequence[str]) -> bool:
         if self.table.is_any_on_the_way(model, regions) or self.table.is_any_routable(model, regions):
             return True
-        return any((model, region) in self._promised for region in regions)
+        return any((model, region) in self._promised or (model, region) in self._on_demand for region in regions)
 
 
 def _has_untried(pool: Pool, tried: Sequence[Any]) -> bool:

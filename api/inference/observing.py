@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import ClassVar, Final
 
@@ -196,6 +197,15 @@ class Requests:
         self.reserved = 0
 
 
+@dataclass(slots=True)
+class Totals:
+    """What has been answered in one place since the start; `first_token` counts by FIRST_TOKEN_MS, and beyond them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    first_token: list[int] = field(default_factory=list[int])
+
+
 # By model, region, kind of endpoint and outcome.
 RequestsByPlace = dict[tuple[str, str, str, str], Requests]
 
@@ -358,6 +368,12 @@ class Observer:
         self.route_table_age = Gauge(
             "crosslogic_route_table_age_seconds", "Since the last full reading of the route table."
         )
+        replica = ("deployment", "region")
+        self.replicas_desired = Gauge(
+            "crosslogic_replicas_desired", "Replicas that the autoscaler wants, as it decided last.", replica
+        )
+        self.replicas_needed = Gauge("crosslogic_replicas_needed", "Replicas that the load alone needs.", replica)
+        self.replicas_serving = Gauge("crosslogic_replicas_serving", "Replicas that serve.", replica)
         self.idle_connections = Gauge("crosslogic_idle_connections", "Connections to engines that are kept alive.")
         self.limits_alone = Gauge(
             "crosslogic_limits_alone", "1 while this process decides limits by itself because Valkey is away."
@@ -420,6 +436,22 @@ class Observer:
         if len(self._requests) >= MOST_SERIES:
             key = (OTHER, OTHER, OTHER, record.outcome.value)
         return self._requests.setdefault(key, Requests(*key))
+
+    def totals(self) -> dict[tuple[str, str], Totals]:
+        """What has been answered so far, by model and served region."""
+        found: dict[tuple[str, str], Totals] = {}
+        for seen in self._requests.values():
+            if not seen.is_answered:
+                continue
+            totals = found.setdefault(seen.place[:2], Totals(first_token=[0] * (len(FIRST_TOKEN_MS) + 1)))
+            totals.prompt_tokens += seen.input[-1]
+            totals.completion_tokens += seen.output[-1]
+            totals.first_token = [a + b for a, b in zip(totals.first_token, seen.first_token[:-1], strict=True)]
+        return found
+
+    def sheds(self) -> dict[tuple[str, str], int]:
+        """How many requests were turned away so far, by model and region."""
+        return {(model, region): count for (model, region), count in self._shed.values.items()}
 
     def decided(self, model: str, region: str, reason: str, strategy: str = "") -> None:
         """Count a choice of a node."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -15,6 +17,7 @@ deadlines = typer.Typer(no_args_is_help=True)
 MODEL_COLUMNS = ("name", "aliases", "kind", "context_tokens", "input", "output")
 REGION_COLUMNS = ("name", "title", "multiplier", "aliases", "fallback")
 DEADLINES = ("connect_timeout_ms", "first_token_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
+DECISION_COLUMNS = ("at", "region", "desired", "present", "serving", "reason")
 DEPLOYMENT_COLUMNS = ("name", "model", "strategy", "replicas")
 
 _TARGET = re.compile(r"([^=]+)=(\d{1,4})(?:\.\.(\d{1,4}))?")
@@ -100,8 +103,25 @@ def set_deployment(
         str | None,
         typer.Option(help="round-robin, least-load, latency-weighted, cost-weighted or prefix-affinity."),
     ] = None,
+    placement: Annotated[str | None, typer.Option(help="spread (over zones) or packed.")] = None,
+    on_demand_base: Annotated[
+        int | None, typer.Option(min=0, max=1000, help="So many replicas of each region are not spot machines.")
+    ] = None,
+    ttft_target_ms: Annotated[
+        str | None, typer.Option(metavar="MS|none", help="What 99 % of the streams' first tokens keep.")
+    ] = None,
+    spend_cap_usd_per_h: Annotated[
+        str | None, typer.Option(metavar="USD|none", help="All its machines together cost no more.")
+    ] = None,
+    idle_s: Annotated[
+        int | None,
+        typer.Option(min=1, max=86_400, help="Where MIN is 0: without a request for so long, no node is kept."),
+    ] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="Repeat it, best first: one that cannot be had gives way to the next.")
+    ] = None,
 ) -> None:
-    """Create a deployment, or change how many replicas it has in a region."""
+    """Create a deployment, or change how many replicas it has in a region and how it grows; the rest stays."""
     known: dict[str, Any] | None = next(
         (row for row in session.get("/deployments")["data"] if row["name"] == name), None
     )
@@ -119,9 +139,50 @@ def set_deployment(
         "strategy": strategy,
         "regions": list(targets.values()),
     }
+    scaling: dict[str, Any] = {"placement": placement, "on_demand_base": on_demand_base, "idle_s": idle_s, "gpus": gpu}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    if ttft_target_ms is not None:
+        scaling["ttft_target_ms"] = _whole_or_none(ttft_target_ms, "--ttft-target-ms")
+    if spend_cap_usd_per_h is not None:
+        scaling["spend_cap_microdollars_per_h"] = _microdollars_or_none(spend_cap_usd_per_h)
+    if scaling:
+        body["scaling"] = scaling
     made = session.send("PUT", f"/deployments/{name}", body)
     told = "" if made["is_workflow_told"] else "Temporal is away: this takes effect when it is back."
     session.show(made if session.is_json else _row(made), note=told)
+
+
+@command(deployments, "decisions")
+def list_decisions(
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    region: Annotated[str | None, typer.Option(help="Only this region's.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=200)] = 20,
+) -> None:
+    """Show what the autoscaler decided lately, and why."""
+    query = f"?limit={limit}" + (f"&region={quote(region)}" if region else "")
+    rows = session.get(f"/deployments/{name}/scaling{query}")["data"]
+    session.show_table(rows, DECISION_COLUMNS, "It has decided nothing yet.")
+
+
+def _whole_or_none(text: str, option: str) -> int | None:
+    if text == "none":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter("write a whole number, or none", param_hint=option)
+    return int(text)
+
+
+def _microdollars_or_none(text: str) -> int | None:
+    if text == "none":
+        return None
+    try:
+        amount = Decimal(text) * 1_000_000
+        if not 0 <= amount <= 10**12 or amount != int(amount):
+            raise ValueError
+    except (ArithmeticError, ValueError):
+        raise typer.BadParameter("write US dollars such as 4.50, or none", param_hint="--spend-cap-usd-per-h") from None
+    return int(amount)
 
 
 def _target(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from crosslogic.domain.deployment import RegionTarget
+from crosslogic.domain.deployment import DEFAULT_SCALING, RegionTarget, ScalingSettings
 from crosslogic.domain.regions import RegionMap
 from crosslogic.domain.reservation import Holder, Reservation, active, next_change, units_by_pool
 
@@ -47,12 +47,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The promise to serve one model in these regions."""
+    """The promise to serve one model in these regions. While it `is_rolling`, its nodes are being replaced."""
 
     name: str
     model: str
     strategy: str
     regions: tuple[RegionTarget, ...] = ()
+    scaling: ScalingSettings = DEFAULT_SCALING
+    is_rolling: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,11 @@ class FairQueue(Generic[K, T]):
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def backlog(self) -> int:
+        """The cost of all that wait."""
+        return sum(flow.backlog for flow in self._flows.values())
+
     def push(self, key: K, cost: int, item: T) -> Ticket[K, T]:
         """Wait in the flow of this key, behind its own items."""
         ticket = Ticket(key, cost, item)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 
 from crosslogic.domain.catalog import Catalog, Deployment, Model, ModelDeadlines
-from crosslogic.domain.deployment import RegionTarget
+from crosslogic.domain.deployment import Placement, RegionTarget, ScalingSettings
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
 from crosslogic.store.audit import AuditStore
@@ -27,7 +28,11 @@ class CatalogStore:
         FROM models ORDER BY name
     """
     SELECT_REGIONS = "SELECT name, title, multiplier_bp, aliases, fallback FROM regions ORDER BY position, name"
-    SELECT_DEPLOYMENTS = "SELECT name, model, strategy FROM deployments ORDER BY name"
+    SELECT_DEPLOYMENTS = """
+        SELECT name, model, strategy, placement, on_demand_base, ttft_target_ms, spend_cap_microdollars_per_h, idle_s,
+               gpus, to_jsonb(deployments) ->> 'rollout_revision' IS NOT NULL AS is_rolling
+        FROM deployments ORDER BY name
+    """
     SELECT_TARGETS = """
         SELECT t.deployment, t.region, t.replicas_min, t.replicas_max
         FROM deployment_regions t JOIN regions r ON r.name = t.region
@@ -35,8 +40,16 @@ class CatalogStore:
     """
 
     INSERT_DEPLOYMENT = "INSERT INTO deployments (name, model) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING"
-    LOCK_DEPLOYMENT = "SELECT name, model, strategy FROM deployments WHERE name = $1 FOR UPDATE"
-    UPDATE_DEPLOYMENT = "UPDATE deployments SET strategy = $2 WHERE name = $1"
+    LOCK_DEPLOYMENT = """
+        SELECT name, model, strategy, placement, on_demand_base, ttft_target_ms, spend_cap_microdollars_per_h, idle_s,
+               gpus, to_jsonb(deployments) ->> 'rollout_revision' IS NOT NULL AS is_rolling
+        FROM deployments WHERE name = $1 FOR UPDATE
+    """
+    UPDATE_DEPLOYMENT = """
+        UPDATE deployments SET strategy = $2, placement = $3, on_demand_base = $4, ttft_target_ms = $5,
+                               spend_cap_microdollars_per_h = $6, idle_s = $7, gpus = $8
+        WHERE name = $1
+    """
     SELECT_TARGETS_OF = """
         SELECT t.deployment, t.region, t.replicas_min, t.replicas_max
         FROM deployment_regions t JOIN regions r ON r.name = t.region
@@ -103,19 +116,24 @@ class CatalogStore:
                 Region(row["name"], row["title"], row["multiplier_bp"], tuple(row["aliases"]), tuple(row["fallback"]))
                 for row in regions
             ),
-            deployments=[
-                Deployment(row["name"], row["model"], row["strategy"], tuple(by_deployment.get(row["name"], ())))
-                for row in deployments
-            ],
+            deployments=[_deployment(row, by_deployment.get(row["name"], ())) for row in deployments],
             booked=booked,
         ).at(datetime.now(UTC))
 
     async def put_deployment(
-        self, name: str, *, model: str, strategy: str | None, regions: Sequence[RegionTarget], actor: str
+        self,
+        name: str,
+        *,
+        model: str,
+        strategy: str | None,
+        regions: Sequence[RegionTarget],
+        actor: str,
+        scaling: Mapping[str, Any] | None = None,
     ) -> tuple[Deployment, bool]:
         """Make the deployment what is given here, regions that are left out included; and whether this call made it.
 
-        Without a strategy the deployment's own (or the default) stays. Raises Rejected 409 for another model than the
+        Without a strategy the deployment's own (or the default) stays, and so does every field of `ScalingSettings`
+        that `scaling` does not name. Raises Rejected 409 for another model than the
         deployment has: its nodes serve that one.
         """
         async with self._pool.acquire() as connection, connection.transaction():
@@ -130,25 +148,30 @@ class CatalogStore:
                     code="deployment_serves_another_model",
                     param="model",
                 )
-            before = Deployment(
-                name,
-                row["model"],
-                row["strategy"],
-                tuple(_target(target) for target in await connection.fetch(self.SELECT_TARGETS_OF, name)),
+            before = _deployment(
+                row, [_target(found) for found in await connection.fetch(self.SELECT_TARGETS_OF, name)]
             )
-            if strategy is not None and strategy != before.strategy:
-                await connection.execute(self.UPDATE_DEPLOYMENT, name, strategy)
+            own = replace(before.scaling, **(scaling or {}))
+            after = replace(before, strategy=strategy or before.strategy, scaling=own)
+            if after != before:
+                await connection.execute(
+                    self.UPDATE_DEPLOYMENT,
+                    name,
+                    after.strategy,
+                    own.placement,
+                    own.on_demand_base,
+                    own.ttft_target_ms,
+                    own.spend_cap_microdollars_per_h,
+                    own.idle_s,
+                    list(own.gpus),
+                )
             await connection.execute(self.DELETE_TARGETS, name, [target.region for target in regions])
             await connection.executemany(
                 self.UPSERT_TARGET,
                 [(name, target.region, target.replicas_min, target.replicas_max) for target in regions],
             )
-            after = Deployment(
-                name,
-                model,
-                strategy or before.strategy,
-                tuple(_target(target) for target in await connection.fetch(self.SELECT_TARGETS_OF, name)),
-            )
+            targets = await connection.fetch(self.SELECT_TARGETS_OF, name)
+            after = replace(after, regions=tuple(_target(target) for target in targets))
             if is_new or after != before:
                 await AuditStore.append(
                     connection,
@@ -161,6 +184,7 @@ class CatalogStore:
                         "regions": {
                             target.region: [target.replicas_min, target.replicas_max] for target in after.regions
                         },
+                        "scaling": asdict(own),
                     },
                 )
         return after, is_new
@@ -214,6 +238,18 @@ class CatalogStore:
                 details={"metadata": dict(metadata)},
             )
         return True
+
+
+def _deployment(row: asyncpg.Record, targets: Sequence[RegionTarget]) -> Deployment:
+    scaling = ScalingSettings(
+        placement=Placement(row["placement"]),
+        on_demand_base=row["on_demand_base"],
+        ttft_target_ms=row["ttft_target_ms"],
+        spend_cap_microdollars_per_h=row["spend_cap_microdollars_per_h"],
+        idle_s=row["idle_s"],
+        gpus=tuple(row["gpus"]),
+    )
+    return Deployment(row["name"], row["model"], row["strategy"], tuple(targets), scaling, row["is_rolling"])
 
 
 def _target(row: asyncpg.Record) -> RegionTarget:

@@ -28,6 +28,11 @@ class NodeStore:
     SELECT = "SELECT * FROM nodes WHERE id = $1"
     SELECT_MANY = "SELECT * FROM nodes WHERE id = ANY($1::uuid[])"
     SELECT_ALIVE = "SELECT * FROM nodes WHERE ended_at IS NULL ORDER BY created_at, id"
+    SELECT_ON_THE_WAY = """
+        SELECT * FROM nodes
+        WHERE state IN ('requested', 'launching', 'booting', 'loading') AND tombstoned_at IS NULL
+        ORDER BY created_at, id
+    """
     SELECT_ALL = "SELECT * FROM nodes ORDER BY created_at DESC, id DESC LIMIT $1"
     SELECT_PAGE = """
         SELECT * FROM nodes
@@ -37,7 +42,9 @@ class NodeStore:
     """
     SELECT_OF_DEPLOYMENT = """
         SELECT id, region, state, tombstoned_at IS NOT NULL AS is_tombstoned,
-               coalesce(extract(epoch FROM now() - ended_at), 0)::float8 AS ended_for_s
+               coalesce(extract(epoch FROM now() - ended_at), 0)::float8 AS ended_for_s,
+               is_pinned, is_spot, gpu, coalesce(to_jsonb(nodes) ->> 'zone', '') AS zone, capacity_tokens_per_s,
+               price_microdollars_per_h, greatest(0, extract(epoch FROM now() - created_at))::float8 AS age_s
         FROM nodes
         WHERE deployment = $1 AND (ended_at IS NULL OR ended_at > now() - make_interval(secs => $2))
         ORDER BY created_at DESC, id DESC
@@ -125,6 +132,10 @@ class NodeStore:
             rows = await self._pool.fetch(self.SELECT_ALIVE_IN_REGION, region)
         return [_node(row) for row in rows]
 
+    async def list_on_the_way(self) -> list[Node]:
+        """All nodes that do not serve yet and are not being undone, oldest first."""
+        return [_node(row) for row in await self._pool.fetch(self.SELECT_ON_THE_WAY)]
+
     async def list_all(self, limit: int = 1000) -> list[Node]:
         """The newest nodes, ended ones included, newest first."""
         return [_node(row) for row in await self._pool.fetch(self.SELECT_ALL, limit)]
@@ -146,7 +157,18 @@ class NodeStore:
         """A deployment's nodes, newest first: those that have not ended, and recent ends."""
         return [
             Replica(
-                NODE.show(row["id"]), row["region"], NodeState(row["state"]), row["is_tombstoned"], row["ended_for_s"]
+                NODE.show(row["id"]),
+                row["region"],
+                NodeState(row["state"]),
+                row["is_tombstoned"],
+                row["ended_for_s"],
+                is_pinned=row["is_pinned"],
+                is_spot=row["is_spot"],
+                gpu=row["gpu"],
+                zone=row["zone"],
+                capacity_tokens_per_s=row["capacity_tokens_per_s"],
+                price_microdollars_per_h=row["price_microdollars_per_h"],
+                age_s=row["age_s"],
             )
             for row in await self._pool.fetch(self.SELECT_OF_DEPLOYMENT, deployment, ended_within_s)
         ]

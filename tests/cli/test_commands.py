@@ -140,6 +140,16 @@ class TestFleet:
         ]
         assert "in-mumbai=1..3, us-east=1" in ok("deployments", "list")
 
+    def test_how_a_deployment_grows_is_set_and_kept(self, run: Run, read: Read) -> None:
+        run("setup")
+        options = ("--ttft-target-ms", "2000", "--spend-cap-usd-per-h", "4.50", "--gpu", "L4", "--gpu", "A100")
+        made = read("deployments", "set", "llama-7b", *options)["scaling"]
+        assert (made["ttft_target_ms"], made["spend_cap_microdollars_per_h"]) == (2000, 4_500_000)
+        again = read("deployments", "set", "llama-7b", "--ttft-target-ms", "none", "--idle-s", "120")["scaling"]
+        assert again == {**made, "ttft_target_ms": None, "idle_s": 120}
+        assert read("deployments", "decisions", "llama-7b") == []
+        assert "write US dollars" in run("deployments", "set", "llama-7b", "--spend-cap-usd-per-h", "-1e99").stderr
+
     def test_nodes_start_and_join_through_workflows(self, ok: Ok, read: Read, run: Run) -> None:
         node_id = ids.NODE.show(new_id())
         started = read("nodes", "start", "--model", "llama-7b", "--region", "us-east", "--node-id", node_id)

@@ -130,6 +130,22 @@ async def joined(fleet: FleetUnderTest) -> dict[str, str]:
     return found
 
 
+async def scaled(fleet: FleetUnderTest) -> dict[str, str]:
+    await fleet.add_deployment("llama-7b", in_mumbai=2)
+    handle = await fleet.keep_deployment("llama-7b")
+
+    async def serve(count: int) -> bool:
+        alive = await fleet.nodes.list_alive()
+        return len(alive) == count and all(node.state is NodeState.READY for node in alive)
+
+    await fleet.until("two nodes serve", lambda: serve(2))
+    await fleet.pool.execute("UPDATE deployment_regions SET replicas_min = 1, replicas_max = 1")
+    await handle.signal(names.LOOK_AGAIN)
+    await fleet.until("one is left", lambda: serve(1))
+    await handle.terminate()
+    return {"scaling-shrunk": handle.id}
+
+
 async def healed(fleet: FleetUnderTest) -> dict[str, str]:
     await fleet.add_deployment("llama-7b", in_mumbai=1)
     deployment = await fleet.keep_deployment("llama-7b")
@@ -185,8 +201,8 @@ async def interrupted(fleet: FleetUnderTest) -> dict[str, str]:
 
 
 SCENARIOS: tuple[Scenario, ...] = (
-    served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, orphaned, rotated,
-    interrupted,
+    served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, scaled, orphaned,
+    rotated, interrupted,
 )  # fmt: skip
 
 

@@ -9,8 +9,10 @@ import pytest
 
 from crosslogic.domain.errors import InvariantViolated, Rejected
 from crosslogic.domain.ids import NODE
+from crosslogic.domain.lead_time import Phase
 from crosslogic.domain.node import FINAL_STATES, TRANSITIONS, Intent, NodeEvent, NodeState, advance
 from crosslogic.new_ids import new_id
+from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import LEADING_OUT, NodeStore
 
 
@@ -56,6 +58,43 @@ class TestPrice:
     async def test_of_a_node_that_is_not_there(self, store: NodeStore) -> None:
         with pytest.raises(Rejected, match="There is no node"):
             await store.set_price(new_id(), 1, actor="test")
+
+
+class TestPhases:
+    async def test_are_timed_where_the_state_moves_on(self, store: NodeStore, pool: asyncpg.Pool) -> None:
+        wanted = intent(gpu="L4")
+        await bring(store, NodeState.BOOTING, wanted)
+        # Half a minute and half a minute ago: prices and tombstones in between do not count as a beginning.
+        await pool.execute("UPDATE nodes SET created_at = created_at - interval '60 seconds'")
+        await pool.execute("UPDATE node_phases SET seconds = 40")
+        await store.set_price(wanted.id, 5, actor="test")
+        await store.advance(wanted.id, NodeEvent.LOAD, "", endpoint="https://10.0.0.1")
+        await store.advance(wanted.id, NodeEvent.ADMIT, "")
+        await store.advance(wanted.id, NodeEvent.ADMIT, "")
+        rows = await pool.fetch("SELECT phase, round(seconds) AS s, cloud, gpu, model, region FROM node_phases")
+        assert {tuple(row) for row in rows} == {
+            (phase, seconds, "local", "L4", "llama-3-8b", "in-mumbai")
+            for phase, seconds in (("provision", 40), ("boot", 20), ("load", 0))
+        }
+
+    async def test_of_a_node_that_failed_or_joined_are_not_kept(self, store: NodeStore, pool: asyncpg.Pool) -> None:
+        await bring(store, NodeState.FAILED)
+        await bring(store, NodeState.READY, intent(provider="joined"))
+        assert await pool.fetchval("SELECT count(*) FROM node_phases") == 0
+
+    async def test_teach_lead_times(self, store: NodeStore, pool: asyncpg.Pool) -> None:
+        for _ in range(5):
+            await bring(store, NodeState.READY)
+        await pool.execute("UPDATE node_phases SET seconds = 7")
+        times = LeadTimeStore(pool)
+        eta = (await times.load()).eta(cloud="local", gpu="", model="llama-3-8b")
+        assert (eta.p50_s, eta.samples, eta.basis) == (21, 5, "cloud, gpu, model")
+        (coming,) = [await bring(store, NodeState.LOADING)]
+        assert set((await times.ended_phases([coming]))[coming]) == {Phase.PROVISION, Phase.BOOT}
+        assert [node.id for node in await store.list_on_the_way()] == [coming]
+        await pool.execute("UPDATE node_phases SET at = at - interval '91 days'")
+        await times.prune()
+        assert await pool.fetchval("SELECT count(*) FROM node_phases") == 0
 
 
 class TestIntend:

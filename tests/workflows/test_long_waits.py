@@ -16,12 +16,11 @@ from temporalio.worker import Worker
 
 from crosslogic.clients import temporal
 from crosslogic.contracts import names
-from crosslogic.contracts.deployment import DeploymentSurvey
+from crosslogic.contracts.deployment import DeploymentPlan, PlanRequest
 from crosslogic.contracts.node import NodeChange, NodeEnding, NodeLifecycleInput, NodeLook, NodeReading, NodeSpec
 from crosslogic.dev import binaries
-from crosslogic.domain.deployment import RegionTarget, Replica
+from crosslogic.domain.autoscaling import Need, RegionMemory, RegionPlan
 from crosslogic.domain.health import Verdict
-from crosslogic.domain.node import NodeState
 from worker import WORKFLOWS
 
 SPEC = NodeSpec("node_a", "llama-3-8b", "in-mumbai")
@@ -37,6 +36,7 @@ class Scripted:
         self.ends: list[NodeEnding] = []
         # When each look or survey was asked for, in the server's time.
         self.times: list[datetime] = []
+        self.requests: list[PlanRequest] = []
 
     @activity.defn
     async def look_at_node(self, look: NodeLook) -> NodeReading:
@@ -63,12 +63,14 @@ class Scripted:
         self.ends.append(ending)
 
     @activity.defn
-    async def survey_deployment(self, name: str) -> DeploymentSurvey:
+    async def plan_deployment(self, request: PlanRequest) -> DeploymentPlan:
         self.times.append(activity.info().scheduled_time)
+        self.requests.append(request)
         if len(self.times) > 20:
-            return DeploymentSurvey(exists=False)
-        ready = Replica("node_a", "in-mumbai", NodeState.READY)
-        return DeploymentSurvey(True, "llama-3-8b", [RegionTarget("in-mumbai", 1, 1)], [ready])
+            return DeploymentPlan(exists=False)
+        memory = RegionMemory("in-mumbai", len(self.times), needs=(Need(1.5, 2),), drains=("node_a",))
+        plan = RegionPlan("in-mumbai", 1, "1 of 1 replicas present", 30.0, 1, 1)
+        return DeploymentPlan(True, "llama-3-8b", [plan], [memory])
 
 
 @asynccontextmanager
@@ -121,7 +123,7 @@ class TestLifecycle:
 
 
 class TestScaling:
-    async def test_surveys_without_a_nudge(self) -> None:
+    async def test_decides_without_a_nudge_and_remembers(self) -> None:
         scripted = Scripted()
         async with skipping(scripted) as environment:
             async with asyncio.timeout(60):
@@ -129,3 +131,6 @@ class TestScaling:
                     names.DEPLOYMENT_SCALING, {"deployment": "d"}, id="deployment/d", task_queue=QUEUE
                 )
         assert timedelta(minutes=10) <= scripted.times[-1] - scripted.times[0] < timedelta(minutes=11)
+        assert [len(request.memories) for request in scripted.requests[:2]] == [0, 1]
+        remembered = RegionMemory("in-mumbai", 20, needs=(Need(1.5, 2),), drains=("node_a",))
+        assert scripted.requests[-1].memories == [remembered]

@@ -150,6 +150,14 @@ class TestCatalog:
                 {"region": "in-mumbai", "replicas_min": 2, "replicas_max": 2},
                 {"region": "us-east", "replicas_min": 1, "replicas_max": 1},
             ],
+            "scaling": {
+                "placement": "spread",
+                "on_demand_base": 0,
+                "ttft_target_ms": None,
+                "spend_cap_microdollars_per_h": None,
+                "idle_s": 600,
+                "gpus": [],
+            },
             "is_workflow_told": False,
         }
         change = {
@@ -168,6 +176,18 @@ class TestCatalog:
         assert [row["name"] for row in api.get("/deployments").json()["data"]] == ["chat"]
         actions = [row["action"] for row in api.get("/audit").json()["data"]]
         assert actions == ["deployment.put"] * 2, "the third changed nothing"
+
+    def test_how_a_deployment_grows_is_changed_field_by_field(self, api: httpx.Client) -> None:
+        body: dict[str, Any] = {"model": "llama-3-8b", "regions": []}
+        grows = {"gpus": ["L4", "A100"], "ttft_target_ms": 2000, "placement": "packed"}
+        first = api.put("/deployments/chat", json=body | {"scaling": grows}).json()["scaling"]
+        assert first == {**first, **grows, "on_demand_base": 0}
+        capped = {"spend_cap_microdollars_per_h": 5_000_000, "ttft_target_ms": None}
+        second = api.put("/deployments/chat", json=body | {"scaling": capped}).json()["scaling"]
+        assert second == {**first, **capped}
+        assert api.put("/deployments/chat", json=body).json()["scaling"] == second
+        for wrong in ({"idle_s": 0}, {"placement": "anywhere"}, {"gpus": ["L4; rm"]}, {"gpus": ["L4"] * 9}, {"cap": 1}):
+            assert api.put("/deployments/chat", json=body | {"scaling": wrong}).status_code == 400, wrong
 
     def test_what_cannot_be_is_refused(self, api: httpx.Client) -> None:
         api.put("/deployments/chat", json={"model": "llama-3-8b", "regions": []})
