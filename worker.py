@@ -24,6 +24,7 @@ from activities.deployments import DeploymentActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
+from activities.rollouts import RolloutActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
@@ -36,7 +37,9 @@ from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.revisions import RevisionStore
 from crosslogic.telemetry import configure_logging
+from workflows.deployment_rollout import DeploymentRollout
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
 from workflows.node_lifecycle import NodeLifecycle
@@ -46,7 +49,7 @@ log = logging.getLogger("crosslogic.worker")
 
 T = TypeVar("T")
 
-WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling)
+WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling, DeploymentRollout)
 
 # After SIGTERM: activities finish or are given back, then the process ends, whatever hangs.
 GRACEFUL_SHUTDOWN = timedelta(seconds=2)
@@ -92,7 +95,8 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         cloud_interval_s=settings.cloud_interval_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
-    held = (writer, machines, probes, deployments)
+    rollouts = RolloutActivities(RevisionStore(pool), nodes, catalog, board, engine)
+    held = (writer, machines, probes, deployments, rollouts)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
 
 
@@ -180,6 +184,7 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
     """One round of `keep_entities`. Raises what the servers that are away raise."""
     catalog = await fleet.catalog.load()
     await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+    await entities.keep_rollouts(catalog.deployments.values())
     return await entities.keep_nodes(
         await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
     )

@@ -34,13 +34,15 @@ class DeploymentActivities:
         if deployment is None:
             return DeploymentSurvey(exists=False)
         replicas = await self._nodes.list_replicas(name, RECENT_S)
-        return DeploymentSurvey(True, deployment.model, list(deployment.regions), replicas)
+        return DeploymentSurvey(
+            True, deployment.model, list(deployment.regions), replicas, deployment.rollout_revision or 0
+        )
 
     @activity.defn
     async def order_replica(self, order: ReplicaOrder) -> NodeSpec:
         """Write the new node's row, so that the next survey counts it before its workflow runs."""
         wanted = NodeProvisioningInput(order.model, order.region, order.deployment)
-        node = NodeOrder(wanted, order.node_id, order.workflow_id, is_pinned=False)
+        node = NodeOrder(wanted, order.node_id, order.workflow_id, False, order.revision, order.is_held)
         spec = await self._writer.resolve_node_spec(node)
         await self._writer.intend_node(spec)
         return spec

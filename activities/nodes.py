@@ -184,12 +184,17 @@ class NodeActivities:
         for name in ("launch_timeout_s", "boot_timeout_s", "load_timeout_s", "drain_timeout_s"):
             if not (0 if name == "drain_timeout_s" else 1) <= getattr(asked, name) <= LONGEST_TIMEOUT_S:
                 raise Rejected(f"{name} must be a number of seconds up to {LONGEST_TIMEOUT_S}.", param=name)
-        gpu = asked.gpu or ("" if endpoint else NO_GPU if provider == LOCAL else cheapest_gpu(model.vram_gb))
+        deployment = _find_deployment(catalog, asked.deployment, model, region)
+        promise = catalog.deployments.get(deployment)
+        revision = order.revision or (promise.revision if promise else 1)
+        serves = catalog.spec_of(deployment, revision)
+        usual = NO_GPU if provider == LOCAL else (serves.gpus or [cheapest_gpu(model.vram_gb)])[0]
+        gpu = asked.gpu or ("" if endpoint else usual)
         return NodeSpec(
             node_id=order.node_id,
             model=model.name,
             region=region,
-            deployment=_find_deployment(catalog, asked.deployment, model, region),
+            deployment=deployment,
             provider=provider,
             gpu=gpu,
             spot=asked.spot and not endpoint,
@@ -199,6 +204,9 @@ class NodeActivities:
             drain_timeout_s=asked.drain_timeout_s,
             endpoint=endpoint,
             kind=model.kind,
+            revision=revision,
+            serves=serves,
+            is_held=order.is_held,
         )
 
 
@@ -258,6 +266,9 @@ def spec_of(node: Node, catalog: Catalog) -> NodeSpec:
         drain_timeout_s=node.drain_timeout_s,
         endpoint=(node.endpoint or "") if node.provider == JOINED else "",
         kind=model.kind if model else "chat",
+        revision=node.revision,
+        serves=catalog.spec_of(node.deployment or "", node.revision),
+        is_held=node.is_held,
     )
 
 
@@ -285,4 +296,6 @@ def _intent(spec: NodeSpec) -> Intent:
         is_spot=spec.spot,
         is_pinned=spec.is_pinned,
         drain_timeout_s=spec.drain_timeout_s,
+        revision=spec.revision,
+        is_held=spec.is_held,
     )

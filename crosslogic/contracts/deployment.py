@@ -22,6 +22,7 @@ class DeploymentSurvey:
     model: str = ""
     targets: list[RegionTarget] = field(default_factory=list[RegionTarget])
     replicas: list[Replica] = field(default_factory=list[Replica])
+    rollout_revision: int = 0  # 0: no roll-out is on. While one is, nothing is scaled in.
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,5 @@ class ReplicaOrder:
     region: str
     node_id: str
     workflow_id: str
+    revision: int = 0  # 0: the one that serves.
+    is_held: bool = False

@@ -8,15 +8,21 @@ NODE_PROVISIONING = "NodeProvisioning"
 NODE_LIFECYCLE = "NodeLifecycle"
 FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
+DEPLOYMENT_ROLLOUT = "DeploymentRollout"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
 LOOK_AGAIN = "look_again"
+ABORT = "abort"
+PAUSE = "pause"
+RESUME = "resume"
+PROMOTE = "promote"
 # Signals that may carry a text, shown as the reason of what follows. All others carry nothing.
-SIGNALS_WITH_A_REASON = frozenset({DRAIN})
+SIGNALS_WITH_A_REASON = frozenset({DRAIN, ABORT})
 
 # Queries.
 STATE = "state"
+PROGRESS = "progress"
 
 # Search attributes (all Keyword), registered by the set-up command before any workflow runs.
 SEARCH_ATTRIBUTES = ("CrossLogicRegion", "CrossLogicModel", "CrossLogicDeployment", "CrossLogicNode", "CrossLogicState")
@@ -35,6 +41,11 @@ def provisioning_workflow_id(node_id: str) -> str:
 def deployment_workflow_id(deployment: str) -> str:
     """The id of a deployment's `DeploymentScaling`."""
     return f"deployment/{deployment}"
+
+
+def rollout_workflow_id(deployment: str, revision: int) -> str:
+    """The id of the `DeploymentRollout` that we start ourselves; an operator's may have any id."""
+    return f"rollout/{deployment}/{revision}"
 
 
 def fleet_health_workflow_id(region: str) -> str:

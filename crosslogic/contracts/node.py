@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from crosslogic.domain.revision import DEFAULT_SPEC, RevisionSpec
+
 # The provider of a node that exists already: there is no cloud behind it.
 JOINED = "joined"
 
@@ -57,6 +59,9 @@ class NodeSpec:
     drain_timeout_s: int = 120
     endpoint: str = ""  # Only for a node that exists already (joined): there is no cloud behind it.
     kind: str = "chat"  # The model's kind in the catalog: how its engine must be started.
+    revision: int = 1
+    serves: RevisionSpec = DEFAULT_SPEC  # What the machine must run: that revision's engine and weights.
+    is_held: bool = False  # A roll-out verifies it before any request may start there.
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class NodeOrder:
     node_id: str
     workflow_id: str
     is_pinned: bool = True
+    revision: int = 0  # 0: the one that serves.
+    is_held: bool = False
 
 
 @dataclass(frozen=True)

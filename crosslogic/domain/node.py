@@ -90,11 +90,13 @@ class RouteEntry:
     capacity_tokens_per_s: int = 0
     is_tombstoned: bool = False
     price_microdollars_per_h: int = 0
+    revision: int = 1
+    is_held: bool = False  # A roll-out has not verified it yet.
 
     @property
     def is_routable(self) -> bool:
         """May a request be started there? (F2, F6)"""
-        return self.state is NodeState.READY and not self.is_tombstoned
+        return self.state is NodeState.READY and not self.is_tombstoned and not self.is_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class Intent:
     is_spot: bool = False
     is_pinned: bool = False
     drain_timeout_s: int = 120
+    revision: int = 1
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class Node:
     tombstoned_at: datetime | None
     ended_at: datetime | None
     price_microdollars_per_h: int = 0
+    revision: int = 1
+    is_held: bool = False
 
     @property
     def node_id(self) -> str:
@@ -165,6 +171,8 @@ class Node:
             capacity_tokens_per_s=self.capacity_tokens_per_s,
             is_tombstoned=self.is_tombstoned,
             price_microdollars_per_h=self.price_microdollars_per_h,
+            revision=self.revision,
+            is_held=self.is_held,
         )
 
 

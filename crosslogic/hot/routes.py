@@ -107,6 +107,8 @@ def decode(text: str) -> RouteEntry:
             capacity_tokens_per_s=int(fields.get("capacity_tokens_per_s", 0)),
             is_tombstoned=bool(fields.get("is_tombstoned", False)),
             price_microdollars_per_h=int(fields.get("price_microdollars_per_h", 0)),
+            revision=int(fields.get("revision", 1)),
+            is_held=bool(fields.get("is_held", False)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a route entry: {text[:200]!r}") from error

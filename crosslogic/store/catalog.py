@@ -15,6 +15,7 @@ from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.revisions import RevisionStore, read_spec
 
 
 class CatalogStore:
@@ -27,7 +28,10 @@ class CatalogStore:
         FROM models ORDER BY name
     """
     SELECT_REGIONS = "SELECT name, title, multiplier_bp, aliases, fallback FROM regions ORDER BY position, name"
-    SELECT_DEPLOYMENTS = "SELECT name, model, strategy FROM deployments ORDER BY name"
+    SELECT_DEPLOYMENTS = """
+        SELECT name, model, strategy, revision, rollout_revision, rollout_from, rollout_workflow_id, traffic_bp
+        FROM deployments ORDER BY name
+    """
     SELECT_TARGETS = """
         SELECT t.deployment, t.region, t.replicas_min, t.replicas_max
         FROM deployment_regions t JOIN regions r ON r.name = t.region
@@ -73,6 +77,7 @@ class CatalogStore:
             regions = await connection.fetch(self.SELECT_REGIONS)
             deployments = await connection.fetch(self.SELECT_DEPLOYMENTS)
             targets = await connection.fetch(self.SELECT_TARGETS)
+            revisions = await connection.fetch(RevisionStore.SELECT_IN_USE)
             booked = await ReservationStore.booked(connection)
         by_deployment: dict[str, list[RegionTarget]] = {}
         for row in targets:
@@ -104,10 +109,10 @@ class CatalogStore:
                 for row in regions
             ),
             deployments=[
-                Deployment(row["name"], row["model"], row["strategy"], tuple(by_deployment.get(row["name"], ())))
-                for row in deployments
+                Deployment(**dict(row), regions=tuple(by_deployment.get(row["name"], ()))) for row in deployments
             ],
             booked=booked,
+            specs={(row["deployment"], row["revision"]): read_spec(row["spec"]) for row in revisions},
         ).at(datetime.now(UTC))
 
     async def put_deployment(
