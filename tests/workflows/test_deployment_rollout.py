@@ -337,7 +337,7 @@ async def add_requests(
 ) -> None:
     """Usage records as API processes write them, with the node that failed first where there was one."""
     now_ms = int((await fleet.pool.fetchval("SELECT extract(epoch FROM now()) * 1000")) + 1)
-    tries = [[failed_on.node_id, "least-load", "only", 1, 0, [], "error"]] if failed_on else []
+    tries: list[list[Any]] = [[failed_on.node_id, "least-load", "only", 1, 0, [], "error"]] if failed_on else []
     tries.append([node.node_id, "least-load", "only", 1, 0, [], ""])
     for number in range(count):
         request_id = uuid7(now_ms, number + node.revision * 1000)
