@@ -28,6 +28,7 @@ from activities.interruptions import InterruptionActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
+from activities.rollouts import RolloutActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
@@ -52,10 +53,12 @@ from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.placement import PlacementStore
 from crosslogic.store.preemptions import PreemptionStore
+from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.scaling import ScalingStore
 from crosslogic.telemetry import configure_logging
 from crosslogic.trust import Trust
 from workflows.certificate_rotation import CertificateRotation
+from workflows.deployment_rollout import DeploymentRollout
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
 from workflows.node_lifecycle import NodeLifecycle
@@ -65,7 +68,14 @@ log = logging.getLogger("crosslogic.worker")
 
 T = TypeVar("T")
 
-WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling, CertificateRotation)
+WORKFLOWS: Sequence[type[Any]] = (
+    NodeProvisioning,
+    NodeLifecycle,
+    FleetHealth,
+    DeploymentScaling,
+    DeploymentRollout,
+    CertificateRotation,
+)
 
 SCHEDULES = (
     temporal.Standing(
@@ -150,7 +160,8 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
     )
     authority = AuthorityActivities(trust, agents)
     interruptions = InterruptionActivities(PreemptionStore(pool))
-    held = (writer, machines, probes, deployments, authority, interruptions)
+    rollouts = RolloutActivities(RevisionStore(pool), nodes, catalog, board, engine)
+    held = (writer, machines, probes, deployments, authority, interruptions, rollouts)
     activities = [method for one in held for method in activities_of(one)]
     return Fleet(nodes, catalog, demand, activities, engine.close, trust)
 
@@ -250,6 +261,7 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
     """One round of `keep_entities`. Raises what the servers that are away raise."""
     catalog = await fleet.catalog.load()
     await entities.keep_standing(catalog.regions.regions, catalog.deployments)
+    await entities.keep_rollouts(catalog.deployments.values())
     return await keep_nodes_once(entities, fleet)
 
 

@@ -114,7 +114,7 @@ class DeploymentActivities:
     async def order_replica(self, order: ReplicaOrder) -> NodeSpec:
         """Write the new node's row, so that the next survey counts it before its workflow runs."""
         wanted = NodeProvisioningInput(order.model, order.region, order.deployment, gpu=order.gpu, spot=order.spot)
-        node = NodeOrder(wanted, order.node_id, order.workflow_id, is_pinned=False)
+        node = NodeOrder(wanted, order.node_id, order.workflow_id, False, order.revision, order.is_held)
         spec = await self._writer.resolve_node_spec(node)
         await self._writer.intend_node(spec)
         return spec
@@ -139,7 +139,7 @@ class DeploymentActivities:
             targets=list(deployment.regions),
             replicas=await self._heard(replicas),
             settings=deployment.scaling,
-            is_rolling=deployment.is_rolling,
+            is_rolling=deployment.rollout_revision is not None,
         )
 
     async def _heard(self, replicas: list[Replica]) -> list[Replica]:

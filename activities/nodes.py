@@ -34,6 +34,7 @@ from crosslogic.domain.node import (
     cluster_name,
 )
 from crosslogic.domain.placement import Gpus, fitting
+from crosslogic.domain.revision import RevisionSpec
 
 if TYPE_CHECKING:
     from crosslogic.hot.routes import RouteBoard
@@ -196,13 +197,17 @@ class NodeActivities:
         for name in ("launch_timeout_s", "boot_timeout_s", "load_timeout_s", "drain_timeout_s"):
             if not (0 if name == "drain_timeout_s" else 1) <= getattr(asked, name) <= LONGEST_TIMEOUT_S:
                 raise Rejected(f"{name} must be a number of seconds up to {LONGEST_TIMEOUT_S}.", param=name)
-        gpus = [] if endpoint else _gpus(asked, model, provider)
+        deployment = _find_deployment(catalog, asked.deployment, model, region)
+        promise = catalog.deployments.get(deployment)
+        revision = order.revision or (promise.revision if promise else 1)
+        serves = catalog.spec_of(deployment, revision)
+        gpus = [] if endpoint else _gpus(asked, serves, model, provider)
         gpu = gpus[0] if gpus else asked.gpu
         return NodeSpec(
             node_id=order.node_id,
             model=model.name,
             region=region,
-            deployment=_find_deployment(catalog, asked.deployment, model, region),
+            deployment=deployment,
             provider=provider,
             gpu=gpu,
             spot=asked.spot and not endpoint,
@@ -218,14 +223,17 @@ class NodeActivities:
             clouds=asked.clouds,
             zone=asked.zone,
             engine=asked.engine,
+            revision=revision,
+            serves=serves,
+            is_held=order.is_held,
         )
 
 
-def _gpus(asked: NodeProvisioningInput, model: Model, provider: str) -> list[str]:
-    """What may hold the model, as asked for, else the fewest GPUs of each kind that do. Raises Rejected."""
+def _gpus(asked: NodeProvisioningInput, serves: RevisionSpec, model: Model, provider: str) -> list[str]:
+    """What may hold the model, as asked for, else as its revision says, else the fewest GPUs of each kind that do. Raises Rejected."""
     if provider == LOCAL:
         return [asked.gpu or NO_GPU]
-    wanted = [asked.gpu] * bool(asked.gpu) + asked.gpus
+    wanted = [asked.gpu] * bool(asked.gpu) + asked.gpus or serves.gpus
     return [str(Gpus.read(text)) for text in wanted] or [str(gpus) for gpus in fitting(model.vram_gb)]
 
 
@@ -285,6 +293,9 @@ def spec_of(node: Node, catalog: Catalog) -> NodeSpec:
         drain_timeout_s=node.drain_timeout_s,
         endpoint=(node.endpoint or "") if node.provider == JOINED else "",
         kind=model.kind if model else "chat",
+        revision=node.revision,
+        serves=catalog.spec_of(node.deployment or "", node.revision),
+        is_held=node.is_held,
     )
 
 
@@ -312,4 +323,6 @@ def _intent(spec: NodeSpec) -> Intent:
         is_spot=spec.spot,
         is_pinned=spec.is_pinned,
         drain_timeout_s=spec.drain_timeout_s,
+        revision=spec.revision,
+        is_held=spec.is_held,
     )

@@ -15,7 +15,8 @@ from typing import Any
 from api.inference.auth import KeyRing, within
 from api.inference.router import RouteTable
 from api.inference.routes import Inference
-from crosslogic.domain.catalog import Catalog
+from crosslogic.domain.catalog import Catalog, Deployment
+from crosslogic.domain.scheduling import Split
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
@@ -72,6 +73,7 @@ class Feeds:
     def _take_catalog(self, catalog: Catalog) -> None:
         self._catalog = self._inference.catalog = catalog
         self._table.set_strategies({name: deployment.strategy for name, deployment in catalog.deployments.items()})
+        self._table.set_splits({name: _split(deployment) for name, deployment in catalog.deployments.items()})
 
     def turn_reservations(self, now: datetime) -> None:
         """Begin and end reservations whose hour has come; that needs no server."""
@@ -135,3 +137,10 @@ class Feeds:
                 is_away = True
             await asyncio.sleep(pause_s)
             pause_s = min(2.0, pause_s * 2)
+
+
+def _split(deployment: Deployment) -> Split:
+    """Who gets the deployment's requests. While a roll-out is on, whichever revision serves by now is only its goal."""
+    if deployment.rollout_revision is None or deployment.rollout_from is None:
+        return Split(deployment.revision)
+    return Split(deployment.rollout_from, deployment.rollout_revision, deployment.traffic_bp)

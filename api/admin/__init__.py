@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import agents, audit, catalog, nodes, requests, reservations, tenancy, usage
+from api.admin import agents, audit, catalog, nodes, requests, reservations, revisions, tenancy, usage
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -21,6 +21,7 @@ router = APIRouter(
 )
 router.include_router(tenancy.router, tags=["tenancy"])
 router.include_router(catalog.router, tags=["catalog"])
+router.include_router(revisions.router, tags=["catalog"])
 router.include_router(reservations.router, tags=["reservations"])
 router.include_router(agents.router, tags=["nodes"])
 router.include_router(nodes.router, tags=["nodes"])

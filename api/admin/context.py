@@ -22,6 +22,7 @@ from crosslogic.store.nodes import NodeStore
 from crosslogic.store.preemptions import PreemptionStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
@@ -51,6 +52,7 @@ class AdminContext:
     lead_times: LeadTimeStore = field(init=False)
     scaling: ScalingStore = field(init=False)
     reservations: ReservationStore = field(init=False)
+    revisions: RevisionStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
     workflows: Workflows = field(init=False)
@@ -65,6 +67,7 @@ class AdminContext:
             ("lead_times", LeadTimeStore(self.pool)),
             ("scaling", ScalingStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
+            ("revisions", RevisionStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),

@@ -30,19 +30,26 @@ from crosslogic.domain.scheduling import (
     COST_WEIGHTED,
     DEFAULT_CAPACITY_TOKENS_PER_S,
     FIRST_EJECTION_S,
+    FRESH,
     LAST_RESORT,
     LATENCY_WEIGHTED,
     LEAST_FACTOR,
     LEAST_LOAD,
+    NO_SPLIT,
     PREFIX_AFFINITY,
     RECOVERY_PER_S,
     ROUND_ROBIN,
     SLOW_EJECTION_S,
+    SPARE,
+    STEADY,
     TRIAL,
+    WHOLE_BP,
     Choice,
     Rules,
+    Split,
     cost_weighted,
     ejection_s,
+    is_drawn,
     latency_weighted,
     least_load,
     load_s,
@@ -94,6 +101,7 @@ class Node:
         "errors",
         "factor",
         "failures",
+        "group",
         "head",
         "id",
         "is_counted",
@@ -127,6 +135,8 @@ class Node:
         # The lines by which every answer says who gave it.
         self.head = f"x-crosslogic-node: {entry.node_id}\r\nx-crosslogic-region: {entry.region}\r\n".encode()
         self.is_gone = False
+        # Whether its revision is the one that serves, one that is rolled out, or another.
+        self.group = STEADY
         # Routable by its state; left out for now or on trial; neither; and counted in the pool's sums.
         self.is_member = False
         self.is_out = False
@@ -299,6 +309,7 @@ class Pool:
         "_turn",
         "_unmeasured",
         "capacity_tokens",
+        "groups",
         "had_nodes",
         "lost_at",
         "median_due_at",
@@ -313,6 +324,7 @@ class Pool:
         "region",
         "routable_count",
         "rules",
+        "shares_bp",
         "slow_above_s",
         "strategy",
         "tokens_in_flight",
@@ -323,6 +335,9 @@ class Pool:
         self.region = region
         self.rules = rules
         self.strategy = LEAST_LOAD
+        # By group: its share of the requests, and its eligible nodes with their prices; None while all are STEADY.
+        self.shares_bp = (WHOLE_BP, 0, 0)
+        self.groups: tuple[tuple[list[Node], list[list[Node]]], ...] | None = None
         self.nodes: list[Node] = []
         self.out: list[Node] = []
         self.members: list[Node] = []
@@ -352,8 +367,9 @@ class Pool:
 
     # When something changes
 
-    def set_members(self, members: list[Node], on_the_way: int, strategy: str, now: float) -> None:
-        """These nodes are routable by their state now, and so many will be."""
+    def set_members(self, members: list[Node], on_the_way: int, strategy: str, now: float, fresh_bp: int = 0) -> None:
+        """These nodes are routable by their state now, and so many will be; the FRESH ones get that share."""
+        self.shares_bp = (WHOLE_BP - fresh_bp, fresh_bp, 0)
         self.on_the_way = on_the_way
         self.strategy = strategy
         before, self.members = self.members, members
@@ -381,18 +397,18 @@ class Pool:
                 continue
             if node.is_out:
                 out.append(node)
-                due_at = min(due_at, node.trial_at)
+                if self.shares_bp[node.group]:
+                    due_at = min(due_at, node.trial_at)
             else:
                 node.is_eligible = True
                 nodes.append(node)
         had_room = (len(self.nodes), self._capacity_tokens)
         self.nodes, self.out, self._due_at = nodes, out, due_at
-        if self.strategy == COST_WEIGHTED:
-            by_price: dict[float, list[Node]] = {}
-            for node in nodes:
-                # A price that nobody knows is no reason to prefer a node.
-                by_price.setdefault(node.entry.price_microdollars_per_h or math.inf, []).append(node)
-            self.prices = [by_price[price] for price in sorted(by_price)]
+        self.prices = self._by_price(nodes)
+        self.groups = None
+        if any(node.group != STEADY for node in nodes):
+            sorted_out = [[node for node in nodes if node.group == group] for group in (STEADY, FRESH, SPARE)]
+            self.groups = tuple((group, self._by_price(group)) for group in sorted_out)
         self.routable_count = len(nodes) + len(out)
         if self.routable_count:
             self.had_nodes, self.lost_at = True, None
@@ -401,6 +417,16 @@ class Pool:
         self._sum_up(now)
         if self.on_room is not None and (len(nodes) > had_room[0] or self._capacity_tokens > had_room[1]):
             self.on_room()
+
+    def _by_price(self, nodes: list[Node]) -> list[list[Node]]:
+        """The nodes of each price, cheapest first, where the strategy asks for that."""
+        if self.strategy != COST_WEIGHTED:
+            return []
+        by_price: dict[float, list[Node]] = {}
+        for node in nodes:
+            # A price that nobody knows is no reason to prefer a node.
+            by_price.setdefault(node.entry.price_microdollars_per_h or math.inf, []).append(node)
+        return [by_price[price] for price in sorted(by_price)]
 
     def _sum_up(self, now: float) -> None:
         tokens, tokens_per_s, unmeasured, capacity, settles_at = 0, 0, 0, 0.0, 0.0
@@ -467,24 +493,59 @@ class Pool:
     def choose(self, now: float, bits: int, tried: Sequence[Node], blocks: tuple[int, ...]) -> Choice[Node] | None:
         """An eligible node by the pool's strategy, or one whose trial is due; None where there is neither."""
         choice: Choice[Node] | None
-        strategy = self.strategy
         self._turn = turn = self._turn + 1
         if now >= self._due_at and (node := self._next_trial(now, tried)) is not None:
-            choice = Choice(node, strategy, TRIAL, ())
-        elif strategy == PREFIX_AFFINITY:
-            choice = self._by_affinity(now, turn, bits, tried, blocks)
-        elif strategy == ROUND_ROBIN:
-            choice = round_robin(self.nodes, now, turn, bits, tried)
-        elif strategy == LATENCY_WEIGHTED:
-            choice = latency_weighted(self.nodes, now, turn, bits, tried)
-        elif strategy == COST_WEIGHTED:
-            choice = cost_weighted(self.prices, now, turn, bits, tried)
+            choice = Choice(node, self.strategy, TRIAL, ())
+        elif self.groups is not None:
+            choice = self._by_share(self.groups, now, turn, bits, tried, blocks)
         else:
-            choice = least_load(self.nodes, now, turn, bits, tried)
+            choice = self._by_strategy(self.nodes, self.prices, now, turn, bits, tried, blocks)
         if choice is not None:
             choice.eligible = len(self.nodes)
             choice.ejected = len(self.out)
         return choice
+
+    def _by_strategy(
+        self,
+        nodes: list[Node],
+        prices: list[list[Node]],
+        now: float,
+        turn: int,
+        bits: int,
+        tried: Sequence[Node],
+        blocks: tuple[int, ...],
+    ) -> Choice[Node] | None:
+        strategy = self.strategy
+        if strategy == PREFIX_AFFINITY:
+            return self._by_affinity(nodes, now, turn, bits, tried, blocks)
+        if strategy == ROUND_ROBIN:
+            return round_robin(nodes, now, turn, bits, tried)
+        if strategy == LATENCY_WEIGHTED:
+            return latency_weighted(nodes, now, turn, bits, tried)
+        if strategy == COST_WEIGHTED:
+            return cost_weighted(prices, now, turn, bits, tried)
+        return least_load(nodes, now, turn, bits, tried)
+
+    def _by_share(
+        self,
+        groups: tuple[tuple[list[Node], list[list[Node]]], ...],
+        now: float,
+        turn: int,
+        bits: int,
+        tried: Sequence[Node],
+        blocks: tuple[int, ...],
+    ) -> Choice[Node] | None:
+        """A node of the revision that is drawn; where all of that are left out or full, one of another."""
+        order = (FRESH, STEADY, SPARE) if is_drawn(bits, self.shares_bp[FRESH]) else (STEADY, FRESH, SPARE)
+        fallback: Choice[Node] | None = None
+        for group in order:
+            choice = self._by_strategy(*groups[group], now, turn, bits, tried, blocks)
+            if choice is not None:
+                node = choice.node
+                if node.tokens_in_flight * node.seconds_per_token < self.rules.full_load_s:
+                    return choice
+                fallback = fallback or choice
+        return fallback
 
     def last_resort(self, now: float, bits: int, tried: Sequence[Node]) -> Choice[Node] | None:
         """One of those that are left out; trying it ends its ejection if it answers."""
@@ -501,6 +562,9 @@ class Pool:
         found: Node | None = None
         due_at = math.inf
         for node in self.out:
+            if not self.shares_bp[node.group]:
+                # No request is risked on a revision that should get none.
+                continue
             if found is None and node.trial_at <= now and node not in tried:
                 found = node
                 node.trial_at = now + TRIAL_S
@@ -509,17 +573,24 @@ class Pool:
         return found
 
     def _by_affinity(
-        self, now: float, turn: int, bits: int, tried: Sequence[Node], blocks: tuple[int, ...]
+        self,
+        nodes: list[Node],
+        now: float,
+        turn: int,
+        bits: int,
+        tried: Sequence[Node],
+        blocks: tuple[int, ...],
     ) -> Choice[Node] | None:
         owner = self._prefixes.find(blocks) if blocks else None
         choice: Choice[Node] | None = None
         # Those ejected are out, and so are nodes that have left, or went over to another pool.
-        if owner is not None and owner.is_eligible and owner.pool is self and owner not in tried:
+        is_there = owner is not None and owner.is_eligible and owner.pool is self and owner not in tried
+        if owner is not None and is_there and (self.groups is None or owner in nodes):
             mean_s = self.tokens_in_flight / self._tokens_per_s
             if may_keep_affinity(owner, mean_s, now):
                 choice = Choice(owner, PREFIX_AFFINITY, AFFINITY, (weigh(owner, load_s(owner, now), now),))
         if choice is None:
-            choice = least_load(self.nodes, now, turn, bits, tried, PREFIX_AFFINITY)
+            choice = least_load(nodes, now, turn, bits, tried, PREFIX_AFFINITY)
         if choice is not None and blocks:
             self._prefixes.learn(blocks, choice.node)
         return choice
@@ -550,6 +621,7 @@ class RouteTable:
         self._strategies: Mapping[str, str] = {}
         # Orgs that have nodes of their own, as their ids are shown.
         self._owners: dict[UUID, str] = {}
+        self._splits: Mapping[str, Split] = {}
         self._changed = asyncio.Event()
         self._callbacks: list[Callable[[], None]] = []
         self.is_loaded = False
@@ -580,6 +652,12 @@ class RouteTable:
         """Each deployment's strategy, by its name."""
         if strategies != self._strategies:
             self._strategies = strategies
+            self._rebuild()
+
+    def set_splits(self, splits: Mapping[str, Split]) -> None:
+        """Each deployment's revisions and their shares, by its name."""
+        if splits != self._splits:
+            self._splits = splits
             self._rebuild()
 
     def _take(self, entry: RouteEntry) -> bool:
@@ -632,8 +710,15 @@ class RouteTable:
                 on_the_way[node.pool] += 1
         for pool, nodes in members.items():
             # Several deployments may serve a model in one region; one of them must decide for all.
-            deployment = min((node.entry.deployment for node in nodes if node.entry.deployment), default="")
-            pool.set_members(nodes, on_the_way[pool], self._strategies.get(deployment, LEAST_LOAD), now)
+            names = sorted({node.entry.deployment for node in nodes if node.entry.deployment})
+            strategy = self._strategies.get(names[0], LEAST_LOAD) if names else LEAST_LOAD
+            fresh_bp = 0
+            for node in nodes:
+                split = self._splits.get(node.entry.deployment)
+                node.group = STEADY if split is None else split.group_of(node.entry.revision)
+            for name in names:
+                fresh_bp = fresh_bp or self._splits.get(name, NO_SPLIT).fresh_bp
+            pool.set_members(nodes, on_the_way[pool], strategy, now, fresh_bp)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         for call in self._callbacks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from crosslogic.cli import catalog, nodes, records, reservations, setup, tenancy
+from crosslogic.cli import catalog, nodes, records, reservations, rollouts, setup, tenancy
 from crosslogic.cli.session import connection_defaults
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app.add_typer(tenancy.keys, name="keys", help="Keys: what clients send.")
 app.add_typer(tenancy.limits, name="limits", help="Limits of orgs, environments, keys and of everybody.")
 app.add_typer(nodes.app, name="nodes", help="Nodes: what serves, and what is on its way.")
 app.add_typer(catalog.deployments, name="deployments", help="Deployments: how many replicas of a model, and where.")
+app.add_typer(rollouts.revisions, name="revisions", help="Revisions: what a deployment's nodes run.")
+app.add_typer(rollouts.rollouts, name="rollouts", help="Roll-outs: one revision takes the place of another.")
 app.add_typer(catalog.deadlines, name="deadlines", help="Deadlines: how long a model's nodes are waited for.")
 app.add_typer(records.requests, name="requests", help="Requests: what one used, and why it went where it went.")
 app.add_typer(reservations.app, name="reservations", help="Reservations: capacity that an org has prepaid.")

@@ -146,6 +146,26 @@ class EngineClient:
             raise Unavailable("The engine answered a trial generation without a single token.")
         return Generation(tokens, duration_s)
 
+    async def answer(
+        self, node_id: str, endpoint: str, model: str, kind: str, prompt: str, max_tokens: int, timeout_s: float
+    ) -> str:
+        """The engine's answer to a prompt at temperature 0; of an embedding, its number of dimensions."""
+        body: dict[str, Any]
+        if kind == "embedding":
+            path, body = "/v1/embeddings", {"model": model, "input": prompt}
+        else:
+            asked = {"prompt": prompt} if kind == "completion" else {"messages": [{"role": "user", "content": prompt}]}
+            path = "/v1/completions" if kind == "completion" else "/v1/chat/completions"
+            body = {"model": model, **asked, "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+        document = await self._ask_json(node_id, f"{endpoint}{path}", body, timeout_s)
+        try:
+            if kind == "embedding":
+                return str(len(document["data"][0]["embedding"]))
+            choice = document["choices"][0]
+            return str((choice["text"] if kind == "completion" else choice["message"]["content"]) or "")
+        except (KeyError, TypeError, IndexError) as error:
+            raise Unavailable("The engine's answer is not an OpenAI answer.") from error
+
     async def read_load(self, node_id: str, endpoint: str) -> EngineLoad | None:
         """The requests inside the engine, from its metrics; None when its metrics do not tell."""
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +16,8 @@ from temporalio.service import RPCError, RPCStatusCode
 from crosslogic.contracts import names
 from crosslogic.contracts.deployment import DeploymentScalingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeSpec
+from crosslogic.contracts.rollout import DeploymentRolloutInput
+from crosslogic.domain.catalog import Deployment
 from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.node import ON_THE_WAY, Node, NodeState
 
@@ -61,6 +63,21 @@ class Entities:
                 DeploymentScalingInput(deployment),
                 names.deployment_workflow_id(deployment),
                 f"Keeping the replicas of {deployment}",
+            )
+
+    async def keep_rollouts(self, deployments: Iterable[Deployment]) -> None:
+        """See to it that a roll-out whose workflow is gone (somebody terminated it) returns. Raises Unavailable."""
+        for deployment in deployments:
+            holder, revision = deployment.rollout_workflow_id, deployment.rollout_revision
+            # The workflow lets go of its deployment before it ends.
+            if holder is None or revision is None or await self._runs(holder):
+                continue
+            log.warning("the roll-out of %s has lost its workflow %s", deployment.name, holder)
+            await self._start(
+                names.DEPLOYMENT_ROLLOUT,
+                DeploymentRolloutInput(deployment.name, revision, orphan_of=holder),
+                names.rollout_workflow_id(deployment.name, revision),
+                f"Taking back revision {revision} of {deployment.name}",
             )
 
     async def keep_nodes(

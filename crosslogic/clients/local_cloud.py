@@ -45,6 +45,7 @@ class LocalCloud:
             "kind": "embedding" if spec.kind == "embedding" else "chat",
             "region": spec.region,
             "credential": node_credential(self._node_secret, spec.node_id),
+            "engine_args": list(spec.serves.engine_args),
         }
         await self._call("PUT", f"/machines/{quote(spec.cluster, safe='')}", order)
 
@@ -66,7 +67,7 @@ class LocalCloud:
         """Order a machine's end; also of one that has ended or was never there."""
         await self._call("DELETE", f"/machines/{quote(cluster, safe='')}")
 
-    async def _call(self, method: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+    async def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             response = await self._http.request(method, path, json=body)
         except httpx.HTTPError as error:

@@ -60,6 +60,8 @@ class ReplicaOrder:
     workflow_id: str
     gpu: str = ""  # Empty: the cheapest that holds the model.
     spot: bool = True
+    revision: int = 0  # 0: the one that serves.
+    is_held: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
 from crosslogic.contracts.deployment import DeploymentScalingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeProvisioningInput
+from crosslogic.contracts.rollout import DeploymentRolloutInput
 from crosslogic.contracts.strict import WrongShape, read
 
 
@@ -49,6 +50,7 @@ WORKFLOW_INPUTS: dict[str, WorkflowInput] = {
         WorkflowInput(names.FLEET_HEALTH, FleetHealthInput, {"region": "in-mumbai"}),
         WorkflowInput(names.DEPLOYMENT_SCALING, DeploymentScalingInput, {"deployment": "llama-7b"}),
         WorkflowInput(names.CERTIFICATE_ROTATION, CertificateRotationInput, {"new_authority": False}),
+        WorkflowInput(names.DEPLOYMENT_ROLLOUT, DeploymentRolloutInput, {"deployment": "llama-7b", "revision": 2}),
     )
 }
 INPUT_TYPES = {known.type: known for known in WORKFLOW_INPUTS.values()}

@@ -9,17 +9,23 @@ NODE_LIFECYCLE = "NodeLifecycle"
 FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
 CERTIFICATE_ROTATION = "CertificateRotation"
+DEPLOYMENT_ROLLOUT = "DeploymentRollout"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
 LOOK_AGAIN = "look_again"
 # The cloud will take the node's machine; the text says which and when, such as "aws: terminate in 120 s".
 SPOT_NOTICE = "spot_notice"
+ABORT = "abort"
+PAUSE = "pause"
+RESUME = "resume"
+PROMOTE = "promote"
 # Signals that may carry a text, shown as the reason of what follows. All others carry nothing.
-SIGNALS_WITH_A_REASON = frozenset({DRAIN, SPOT_NOTICE})
+SIGNALS_WITH_A_REASON = frozenset({DRAIN, SPOT_NOTICE, ABORT})
 
 # Queries.
 STATE = "state"
+PROGRESS = "progress"
 
 # Search attributes (all Keyword), registered by the set-up command before any workflow runs.
 SEARCH_ATTRIBUTES = ("CrossLogicRegion", "CrossLogicModel", "CrossLogicDeployment", "CrossLogicNode", "CrossLogicState")
@@ -38,6 +44,11 @@ def provisioning_workflow_id(node_id: str) -> str:
 def deployment_workflow_id(deployment: str) -> str:
     """The id of a deployment's `DeploymentScaling`."""
     return f"deployment/{deployment}"
+
+
+def rollout_workflow_id(deployment: str, revision: int) -> str:
+    """The id of the `DeploymentRollout` that we start ourselves; an operator's may have any id."""
+    return f"rollout/{deployment}/{revision}"
 
 
 def fleet_health_workflow_id(region: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from crosslogic.domain.placement import Place
+from crosslogic.domain.revision import DEFAULT_SPEC, RevisionSpec
 
 # The provider of a node that exists already: there is no cloud behind it.
 JOINED = "joined"
@@ -68,6 +69,9 @@ class NodeSpec:
     zone: str = ""
     engine: str = ""
     places: list[Place] = field(default_factory=list[Place])  # Where to try, best first; chosen when it is launched.
+    revision: int = 1
+    serves: RevisionSpec = DEFAULT_SPEC  # What the machine must run: that revision's engine and weights.
+    is_held: bool = False  # A roll-out verifies it before any request may start there.
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class NodeOrder:
     node_id: str
     workflow_id: str
     is_pinned: bool = True
+    revision: int = 0  # 0: the one that serves.
+    is_held: bool = False
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _build(scratch: Path, python: Path, compiler: Path) -> tuple[int, str]:
 def _keep(scratch: Path, target: Path) -> None:
     """Put a finished build in place, and remove those that fit no more."""
     finished = scratch / "build-of-hot"
-    for library in scratch.rglob("*.so"):
+    for library in list(scratch.rglob("*.so")):
         relative = library.relative_to(scratch)
         if relative.parts[0] != "build":
             place = finished / relative

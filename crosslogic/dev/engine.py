@@ -43,11 +43,17 @@ class EngineOrder:
     kind: str
     credential: str
     port: int = 0
+    grammar: str = ""
 
     @classmethod
     def read(cls, body: dict[str, Any]) -> EngineOrder:
-        """The order in its JSON form."""
-        return cls(body["model"], body["kind"], body["credential"], body.get("port", 0))
+        """The order in its JSON form. Of llama.cpp's command line it knows `--grammar`; exits for anything else."""
+        arguments: list[str] = body.get("engine_args", [])
+        if arguments and (arguments[0] != "--grammar" or len(arguments) != 2):
+            sys.exit(f"error: invalid argument: {' '.join(arguments)[:200]}")
+        return cls(
+            body["model"], body["kind"], body["credential"], body.get("port", 0), arguments[1] if arguments else ""
+        )
 
 
 def parameters(order: EngineOrder) -> Any:
@@ -70,6 +76,11 @@ def parameters(order: EngineOrder) -> Any:
         params.n_ctx = _EMBEDDING_CONTEXT_TOKENS * _SLOTS
         params.n_batch = params.n_ubatch = _EMBEDDING_CONTEXT_TOKENS
     else:
+        if order.grammar:
+            # Holds for requests that bring none of their own.
+            params.sampling.grammar = _llama.CommonGrammar(
+                _llama.common_grammar_type.COMMON_GRAMMAR_TYPE_USER, order.grammar
+            )
         params.n_ctx = _CHAT_CONTEXT_TOKENS
         params.kv_unified = True
         params.n_batch = params.n_ubatch = _CHAT_BATCH_TOKENS

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -52,12 +52,13 @@ class _Strict(BaseModel):
 
 
 class Order(_Strict):
-    """What a machine shall serve as. `credential` becomes the engine's API key."""
+    """What a machine shall serve as. `credential` becomes the engine's API key, `engine_args` its command line."""
 
     model: str = Field(min_length=1, max_length=200)
     kind: Literal["chat", "embedding"] = "chat"
     region: str = Field(min_length=1, max_length=100)
     credential: str = Field(min_length=1, max_length=200)
+    engine_args: list[str] = Field(default_factory=list[str], max_length=100)
 
 
 class Fault(_Strict):
@@ -111,6 +112,7 @@ class Machine:
     reason: str = ""
     gone_at: float | None = None
     is_ending: bool = False
+    engine_args: list[str] = field(default_factory=list[str])
 
     @property
     def is_gone(self) -> bool:
@@ -168,6 +170,7 @@ class LocalCloud:
         machine = Machine(
             cluster, order.model, order.kind, order.region, order.credential, now, now + self.behaviour.launch_latency_s
         )
+        machine.engine_args = order.engine_args
         self._machines[cluster] = machine
         self._save()
         _log.info("%s: ordered for %s in %s", cluster, order.model, order.region)
@@ -268,7 +271,13 @@ class LocalCloud:
         machine.process, machine.boots_at = process.write(), now
         # The engine waits for its order, and ends without one: killed here, we leave no engine that nobody knows of.
         self._save()
-        order = {"model": machine.model, "kind": machine.kind, "credential": machine.credential, "port": machine.port}
+        order = {
+            "model": machine.model,
+            "kind": machine.kind,
+            "credential": machine.credential,
+            "port": machine.port,
+            "engine_args": machine.engine_args,
+        }
         assert child.stdin is not None
         with suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(json.dumps(order).encode())

@@ -10,6 +10,7 @@ from typing import Any
 from crosslogic.domain.deployment import DEFAULT_SCALING, RegionTarget, ScalingSettings
 from crosslogic.domain.regions import RegionMap
 from crosslogic.domain.reservation import Holder, Reservation, active, next_change, units_by_pool
+from crosslogic.domain.revision import DEFAULT_SPEC, RevisionSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,22 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """The promise to serve one model in these regions. While it `is_rolling`, its nodes are being replaced."""
+    """The promise to serve one model in these regions.
+
+    `revision` serves. While a roll-out is on, `rollout_revision` gets `traffic_bp` of the traffic, in basis points, and
+    `rollout_from` the rest, whichever of the two is the serving one by now.
+    """
 
     name: str
     model: str
     strategy: str
     regions: tuple[RegionTarget, ...] = ()
     scaling: ScalingSettings = DEFAULT_SCALING
-    is_rolling: bool = False
+    revision: int = 1
+    rollout_revision: int | None = None
+    rollout_from: int | None = None
+    rollout_workflow_id: str | None = None
+    traffic_bp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,7 @@ class Catalog:
     """One consistent reading of the catalog. `by_alias` knows every model's name too.
 
     `reservations` (each org's sum) and `reserved_units` are those of an instant, and hold until `changes_at`; `booked`
-    are all that have not ended by then.
+    are all that have not ended by then. `specs` are those of the revisions that serve or are rolled out.
     """
 
     models: Mapping[str, Model]
@@ -73,6 +82,7 @@ class Catalog:
     reserved_units: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
     booked: tuple[Reservation, ...] = ()
     changes_at: datetime | None = None
+    specs: Mapping[tuple[str, int], RevisionSpec] = field(default_factory=dict[tuple[str, int], RevisionSpec])
 
     @classmethod
     def of(
@@ -81,6 +91,7 @@ class Catalog:
         regions: RegionMap,
         deployments: Iterable[Deployment],
         booked: Iterable[Reservation] = (),
+        specs: Mapping[tuple[str, int], RevisionSpec] | None = None,
     ) -> Catalog:
         """Build the catalog, with no reservation active yet; a model's name wins over another model's alias."""
         known = {model.name: model for model in models}
@@ -91,6 +102,7 @@ class Catalog:
             regions=regions,
             deployments={deployment.name: deployment for deployment in deployments},
             booked=tuple(booked),
+            specs=specs or {},
         )
 
     def at(self, now: datetime) -> Catalog:
@@ -102,6 +114,10 @@ class Catalog:
             reserved_units=units_by_pool(held.values()),
             changes_at=next_change(self.booked, now),
         )
+
+    def spec_of(self, deployment: str, revision: int) -> RevisionSpec:
+        """What that revision's nodes run; where nothing is known of it, whatever their provider has."""
+        return self.specs.get((deployment, revision), DEFAULT_SPEC)
 
     def resolve_model(self, name: str) -> Model | None:
         """The model of that name or alias, in any case; None if there is none."""

@@ -92,11 +92,13 @@ class RouteEntry:
     price_microdollars_per_h: int = 0
     org: str = ""  # The id of the org that alone it serves; empty: everybody.
     has_agent: bool = False  # It is reached with certificates of ours, under its own name.
+    revision: int = 1
+    is_held: bool = False  # A roll-out has not verified it yet.
 
     @property
     def is_routable(self) -> bool:
         """May a request be started there? (F2, F6)"""
-        return self.state is NodeState.READY and not self.is_tombstoned
+        return self.state is NodeState.READY and not self.is_tombstoned and not self.is_held
 
     def is_same_door(self, other: RouteEntry) -> bool:
         """Is the engine reached in the same way?"""
@@ -118,6 +120,8 @@ class Intent:
     is_spot: bool = False
     is_pinned: bool = False
     drain_timeout_s: int = 120
+    revision: int = 1
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,8 @@ class Node:
     cloud_region: str = ""
     zone: str = ""
     instance_type: str = ""
+    revision: int = 1
+    is_held: bool = False
 
     @property
     def node_id(self) -> str:
@@ -179,6 +185,8 @@ class Node:
             price_microdollars_per_h=self.price_microdollars_per_h,
             org="" if self.org_id is None else ORG.show(self.org_id),
             has_agent=self.has_agent,
+            revision=self.revision,
+            is_held=self.is_held,
         )
 
 

@@ -83,6 +83,37 @@ class Rules:
     ejected_share: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Which of a deployment's revisions get its requests.
+
+    `fresh` (None: no roll-out is on) gets `fresh_bp` of them, in basis points, `steady` the rest. Nodes of any other
+    revision get what neither can take.
+    """
+
+    steady: int = 1
+    fresh: int | None = None
+    fresh_bp: int = 0
+
+    def group_of(self, revision: int) -> int:
+        """STEADY, FRESH or SPARE."""
+        if revision == self.fresh:
+            return FRESH
+        return STEADY if revision == self.steady else SPARE
+
+
+STEADY: Final = 0
+FRESH: Final = 1
+SPARE: Final = 2
+WHOLE_BP: Final = 10_000
+NO_SPLIT: Final = Split()
+
+
+def is_drawn(bits: int, share_bp: int) -> bool:
+    """Does this request belong to the share? The highest 20 of 32 random bits decide; strategies use the others."""
+    return (bits >> 12) * WHOLE_BP >> 20 < share_bp
+
+
 class Candidate(Protocol):
     """What a choice needs to know of a node.
 

@@ -109,6 +109,8 @@ def decode(text: str) -> RouteEntry:
             price_microdollars_per_h=int(fields.get("price_microdollars_per_h", 0)),
             org=str(fields.get("org", "")),
             has_agent=bool(fields.get("has_agent", False)),
+            revision=int(fields.get("revision", 1)),
+            is_held=bool(fields.get("is_held", False)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a route entry: {text[:200]!r}") from error

@@ -16,6 +16,7 @@ from crosslogic.domain.errors import Rejected
 from crosslogic.domain.regions import Region, RegionMap
 from crosslogic.store.audit import AuditStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.revisions import RevisionStore, read_spec
 
 
 class CatalogStore:
@@ -30,7 +31,7 @@ class CatalogStore:
     SELECT_REGIONS = "SELECT name, title, multiplier_bp, aliases, fallback FROM regions ORDER BY position, name"
     SELECT_DEPLOYMENTS = """
         SELECT name, model, strategy, placement, on_demand_base, ttft_target_ms, spend_cap_microdollars_per_h, idle_s,
-               gpus, to_jsonb(deployments) ->> 'rollout_revision' IS NOT NULL AS is_rolling
+               gpus, revision, rollout_revision, rollout_from, rollout_workflow_id, traffic_bp
         FROM deployments ORDER BY name
     """
     SELECT_TARGETS = """
@@ -86,6 +87,7 @@ class CatalogStore:
             regions = await connection.fetch(self.SELECT_REGIONS)
             deployments = await connection.fetch(self.SELECT_DEPLOYMENTS)
             targets = await connection.fetch(self.SELECT_TARGETS)
+            revisions = await connection.fetch(RevisionStore.SELECT_IN_USE)
             booked = await ReservationStore.booked(connection)
         by_deployment: dict[str, list[RegionTarget]] = {}
         for row in targets:
@@ -118,6 +120,7 @@ class CatalogStore:
             ),
             deployments=[_deployment(row, by_deployment.get(row["name"], ())) for row in deployments],
             booked=booked,
+            specs={(row["deployment"], row["revision"]): read_spec(row["spec"]) for row in revisions},
         ).at(datetime.now(UTC))
 
     async def put_deployment(
@@ -249,7 +252,18 @@ def _deployment(row: asyncpg.Record, targets: Sequence[RegionTarget]) -> Deploym
         idle_s=row["idle_s"],
         gpus=tuple(row["gpus"]),
     )
-    return Deployment(row["name"], row["model"], row["strategy"], tuple(targets), scaling, row["is_rolling"])
+    return Deployment(
+        row["name"],
+        row["model"],
+        row["strategy"],
+        tuple(targets),
+        scaling,
+        revision=row["revision"],
+        rollout_revision=row["rollout_revision"],
+        rollout_from=row["rollout_from"],
+        rollout_workflow_id=row["rollout_workflow_id"],
+        traffic_bp=row["traffic_bp"],
+    )
 
 
 def _target(row: asyncpg.Record) -> RegionTarget:

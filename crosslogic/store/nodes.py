@@ -21,8 +21,8 @@ class NodeStore:
 
     INTEND = """
         INSERT INTO nodes (id, deployment, model, region, provider, cluster, gpu, is_spot, is_pinned, workflow_id,
-                           drain_timeout_s)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)
+                           drain_timeout_s, revision, is_held)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
         ON CONFLICT (id) DO NOTHING
     """
     SELECT = "SELECT * FROM nodes WHERE id = $1"
@@ -62,10 +62,10 @@ class NodeStore:
     """
     TOMBSTONE = """
         INSERT INTO nodes AS n (id, deployment, model, region, provider, cluster, gpu, is_spot, is_pinned, workflow_id,
-                                drain_timeout_s, reason, tombstoned_at)
-        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, now())
+                                drain_timeout_s, revision, is_held, reason, tombstoned_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, now())
         ON CONFLICT (id) DO UPDATE
-        SET tombstoned_at = now(), generation = n.generation + 1, changed_at = now(), reason = $12
+        SET tombstoned_at = now(), generation = n.generation + 1, changed_at = now(), reason = $14
         WHERE n.tombstoned_at IS NULL
     """
 
@@ -81,6 +81,10 @@ class NodeStore:
             generation = generation + 1, changed_at = now()
         WHERE id = $1
           AND (cloud, cloud_region, zone, instance_type) IS DISTINCT FROM ($2::text, $3::text, $4::text, $5::text)
+    """
+    RELEASE = """
+        UPDATE nodes SET is_held = FALSE, generation = generation + 1, changed_at = now() WHERE id = $1 AND is_held
+        RETURNING *
     """
     # No new generation: nothing that is routed by has changed.
     HAND_OVER = "UPDATE nodes SET workflow_id = $2 WHERE id = $1 AND workflow_id <> $2"
@@ -239,6 +243,11 @@ class NodeStore:
             place.price_microdollars_per_h,
         )
 
+    async def release(self, node_id: UUID) -> Node:
+        """Let requests start on a node that was held. Raises Rejected (404) when there is none."""
+        row = await self._pool.fetchrow(self.RELEASE, node_id)
+        return await self.get(node_id) if row is None else _node(row)
+
     async def hand_over(self, node_id: UUID, workflow_id: str) -> None:
         """Name the workflow that is responsible for the node from now on."""
         await self._pool.execute(self.HAND_OVER, node_id, workflow_id)
@@ -269,6 +278,8 @@ def _columns(intent: Intent) -> tuple[object, ...]:
         intent.is_pinned,
         intent.workflow_id,
         intent.drain_timeout_s,
+        intent.revision,
+        intent.is_held,
     )
 
 

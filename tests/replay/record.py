@@ -33,8 +33,12 @@ from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import NodeState
 from crosslogic.domain.spot import successor_of
+=======
+from crosslogic.domain.revision import GoldenPrompt, RevisionSpec
+>>>>>>> rollout
 from crosslogic.new_ids import new_id
 from crosslogic.store.migrations import migrate
+from crosslogic.store.revisions import RevisionStore
 from tests.conftest import make_settings, serving
 from tests.workflows.fleet import FAST, EngineServer, FleetUnderTest, making_fleet, running
 
@@ -183,6 +187,7 @@ async def orphaned(fleet: FleetUnderTest) -> dict[str, str]:
     return {"lifecycle-orphaned": fleet.lifecycle(node).id}
 
 
+<<<<<<< HEAD
 async def rotated(fleet: FleetUnderTest) -> dict[str, str]:
     handle = await fleet.client.start_workflow(
         names.CERTIFICATE_ROTATION, {"new_authority": False}, id="rotation-by-hand", task_queue=fleet.task_queue
@@ -200,9 +205,37 @@ async def interrupted(fleet: FleetUnderTest) -> dict[str, str]:
     return {"lifecycle-interrupted": fleet.lifecycle(node).id}
 
 
+async def rolled_out(fleet: FleetUnderTest) -> dict[str, str]:
+    await fleet.add_deployment("llama-7b", in_mumbai=1)
+    await fleet.serve_one(deployment="llama-7b", drain_timeout_s=1)
+    revisions = RevisionStore(fleet.pool)
+    found: dict[str, str] = {}
+    for name, revision in (("rollout-completed", 2), ("rollout-aborted", 3), ("rollout-failed", 4)):
+        golden = [GoldenPrompt("Say hello.", "goodbye" if name == "rollout-failed" else "hello")]
+        await revisions.create("llama-7b", RevisionSpec(golden=golden), actor="test")
+        order = {"deployment": "llama-7b", "revision": revision, "bake_s": 0, "longest_bake_s": 0}
+        handle: Any = await fleet.client.start_workflow(
+            names.DEPLOYMENT_ROLLOUT,
+            {**order, "hold_at_bp": 1000 if name == "rollout-aborted" else 0},
+            id=names.rollout_workflow_id("llama-7b", revision),
+            task_queue=fleet.task_queue,
+        )
+        if name == "rollout-aborted":
+
+            async def is_held(handle: Any = handle) -> bool:
+                return await handle.query(names.STATE) == "hold"
+
+            await fleet.until("a canary", is_held)
+            await handle.signal(names.ABORT, "not wanted")
+        with contextlib.suppress(Exception):
+            await handle.result()
+        found[name] = handle.id
+    return found
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, scaled, orphaned,
-    rotated, interrupted,
+    rotated, interrupted, rolled_out,
 )  # fmt: skip
 
 

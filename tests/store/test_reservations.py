@@ -125,7 +125,7 @@ class TestFeeds:
         def ignored(_: object) -> None: ...
 
         others: Any = SimpleNamespace(
-            refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=ignored
+            refresh=nothing, route_entries=nothing, replace=taken.extend, set_strategies=ignored, set_splits=ignored
         )
         feeds = Feeds(
             changes=ChangeStore(pool),

@@ -53,6 +53,8 @@ class EngineServer:
         self.grows_by = 0  # Tokens more at every look at its metrics.
         self.has_metrics = True
         self.load = 0
+        self.says = "hello"
+        self.revision = 0
         self.requests: list[str] = []
         self.port = 0
         self._server: asyncio.Server | None = None
@@ -108,7 +110,8 @@ class EngineServer:
         if not self.can_generate:
             return 500, b"{}"
         usage = {"prompt_tokens": 5, "completion_tokens": 24}
-        return 200, json.dumps({"choices": [{}], "data": [{}], "usage": usage}).encode()
+        choice = {"message": {"content": self.says}, "text": self.says}
+        return 200, json.dumps({"choices": [choice], "data": [{}], "usage": usage}).encode()
 
 
 Fault = Callable[[], Awaitable[None]]
@@ -150,6 +153,7 @@ class MadeUpCloud:
             if len(alive) >= self.capacity:
                 raise Rejected(f"{spec.region} has no capacity for {spec.gpu} now.", code="no_capacity")
             engine = EngineServer()
+            engine.revision = spec.revision
             if self.on_engine is not None:
                 self.on_engine(engine)
             await engine.start()
