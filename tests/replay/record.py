@@ -32,10 +32,8 @@ from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import NodeState
-from crosslogic.domain.spot import successor_of
-=======
 from crosslogic.domain.revision import GoldenPrompt, RevisionSpec
->>>>>>> rollout
+from crosslogic.domain.spot import successor_of
 from crosslogic.new_ids import new_id
 from crosslogic.store.migrations import migrate
 from crosslogic.store.revisions import RevisionStore
@@ -187,7 +185,6 @@ async def orphaned(fleet: FleetUnderTest) -> dict[str, str]:
     return {"lifecycle-orphaned": fleet.lifecycle(node).id}
 
 
-<<<<<<< HEAD
 async def rotated(fleet: FleetUnderTest) -> dict[str, str]:
     handle = await fleet.client.start_workflow(
         names.CERTIFICATE_ROTATION, {"new_authority": False}, id="rotation-by-hand", task_queue=fleet.task_queue
