@@ -246,7 +246,13 @@ class Process:
 
     def spawn(self, coroutine: Any) -> None:
         """Run something of this process's own."""
-        self.tasks.append(self._loop.create_task(coroutine))
+        task = self._loop.create_task(coroutine)
+        task.add_done_callback(self._ended)
+        self.tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._broke(f"{type(error).__name__}: {error}")
 
     # Workflows.
 

@@ -15,7 +15,6 @@ from unittest.mock import patch
 
 from temporalio.client import WorkflowExecutionStatus
 from temporalio.common import WorkflowIDConflictPolicy
-from temporalio.converter import DataConverter
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner
 
@@ -85,10 +84,12 @@ class World:
         self.seed = seed
         self.settings = settings or make_settings(cloud_interval_s=30.0)
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self._on_defect)
         self.dice = random.Random(seed)
         self.trace: list[tuple[float, str]] = []
         self.broken: list[str] = []
-        self.server = Server(random.Random(self.dice.random()), cast(DataConverter, known.converter), self.tell)
+        self.converter = known.converter
+        self.server = Server(random.Random(self.dice.random()), known.converter, self.tell)
         self.network = Network(random.Random(self.dice.random()), self.tell)
         self.catalog = MemoryCatalog()
         self.cloud = MadeUpCloud(random.Random(self.dice.random()), self.loop.time)
@@ -122,6 +123,11 @@ class World:
         """A law was broken: the run ends here."""
         self.tell(f"BROKEN: {law}")
         self.broken.append(law)
+
+    def _on_defect(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not self.is_over and context["message"].startswith("Exception in callback"):
+            self.broke(str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}")
 
     def check(self) -> None:
         """Raise Violation if a law was broken so far."""
@@ -235,7 +241,7 @@ class Client:
         self._process = process
 
     async def start_workflow(self, type: str, argument: Any, **options: Any) -> None:
-        payloads = self._world.server._converter.payload_converter.to_payloads([argument])  # pyright: ignore[reportPrivateUsage]
+        payloads = self._world.converter.payload_converter.to_payloads([argument])
 
         def start() -> None:
             try:
