@@ -24,10 +24,13 @@ from activities.deployments import DeploymentActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
+from activities.sweeps import SweepActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.contracts import names
+from crosslogic.contracts.sweep import FleetSweepInput
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
@@ -36,9 +39,11 @@ from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.sweeps import SweepStore
 from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
+from workflows.fleet_sweep import FleetSweep
 from workflows.node_lifecycle import NodeLifecycle
 from workflows.node_provisioning import NodeProvisioning
 
@@ -46,7 +51,17 @@ log = logging.getLogger("crosslogic.worker")
 
 T = TypeVar("T")
 
-WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling)
+WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling, FleetSweep)
+
+SCHEDULES = (
+    temporal.Standing(
+        "fleet-sweep",
+        names.FLEET_SWEEP,
+        FleetSweepInput(),
+        timedelta(minutes=2),
+        "Every machine in the clouds is one that we intended: the sweep proves it, and ends what is not.",
+    ),
+)
 
 # After SIGTERM: activities finish or are given back, then the process ends, whatever hangs.
 GRACEFUL_SHUTDOWN = timedelta(seconds=2)
@@ -70,8 +85,8 @@ class Fleet:
 
 def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], board: RouteBoard) -> Fleet:
     """Put activities together from their clients."""
-    secret = settings.node_secret
-    engine = EngineClient(secret.get_secret_value() if secret else "", settings.probe_timeout_s)
+    secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
+    engine = EngineClient(secret, settings.probe_timeout_s)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
     writer = NodeActivities(
         nodes,
@@ -80,6 +95,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         providers=frozenset(clouds),
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
+        node_secret=secret,
     )
     machines = CloudActivities(clouds, nodes, is_loopback_allowed=settings.is_dev)
     probes = ProbeActivities(
@@ -92,7 +108,8 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         cloud_interval_s=settings.cloud_interval_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
-    held = (writer, machines, probes, deployments)
+    sweeps = SweepActivities(clouds, nodes, SweepStore(pool), node_secret=secret)
+    held = (writer, machines, probes, deployments, sweeps)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
 
 
@@ -186,11 +203,12 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
 
 
 async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_s: float = KEEP_INTERVAL_S) -> None:
-    """See to it, again and again, that every region, deployment and node has its workflow."""
+    """See to it, again and again, that every region, deployment and node has its workflow, and every schedule is."""
     entities = Entities(client, task_queue)
     while True:
         try:
             await keep_entities_once(entities, fleet)
+            await temporal.ensure_schedules(client, SCHEDULES, task_queue)
         except Exception as error:
             # A server is away, or one of them speaks nonsense: the next round tries again either way.
             log.warning("the fleet's workflows cannot be looked after now: %s", error)

@@ -66,9 +66,11 @@ class NodeActivities:
         providers: Collection[str],
         default_provider: str,
         is_loopback_allowed: bool,
+        node_secret: str = "",
     ) -> None:
         self._nodes = nodes
         self._catalog = catalog
+        self._node_secret = node_secret
         self._board = board
         self._providers = providers
         self._default_provider = default_provider
@@ -193,7 +195,9 @@ class NodeActivities:
             provider=provider,
             gpu=gpu,
             spot=asked.spot and not endpoint,
-            cluster=cluster_name(provider, region, gpu or NO_GPU, asked.spot and not endpoint, order.node_id),
+            cluster=cluster_name(
+                provider, region, gpu or NO_GPU, asked.spot and not endpoint, order.node_id, self._node_secret
+            ),
             is_pinned=order.is_pinned,
             workflow_id=order.workflow_id,
             drain_timeout_s=asked.drain_timeout_s,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import temporalio.api.common.v1 as common_api
@@ -206,3 +207,41 @@ async def ensure_search_attributes(client: temporalio.client.Client, namespace: 
                 "Cloud under Namespaces → Edit → Custom Search Attributes (type Keyword), and run the set-up again."
             ) from error
         raise Unavailable(f"Temporal did not register the search attributes: {error.message}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """A workflow that a schedule starts again and again. What an outage made it miss is done once, afterwards."""
+
+    schedule_id: str
+    workflow: str
+    input: Any
+    every: timedelta
+    note: str
+
+
+async def ensure_schedules(client: temporalio.client.Client, schedules: Sequence[Standing], task_queue: str) -> None:
+    """Make the schedules that are missing; one that exists stays as an operator may have changed it.
+
+    Raises Unavailable when Temporal does not answer.
+    """
+    for one in schedules:
+        schedule = temporalio.client.Schedule(
+            action=temporalio.client.ScheduleActionStartWorkflow(
+                one.workflow, one.input, id=one.schedule_id, task_queue=task_queue
+            ),
+            spec=temporalio.client.ScheduleSpec(
+                intervals=[temporalio.client.ScheduleIntervalSpec(every=one.every)],
+                jitter=min(one.every / 10, timedelta(minutes=30)),
+            ),
+            policy=temporalio.client.SchedulePolicy(
+                overlap=temporalio.client.ScheduleOverlapPolicy.SKIP, catchup_window=one.every
+            ),
+            state=temporalio.client.ScheduleState(note=one.note),
+        )
+        try:
+            await client.create_schedule(one.schedule_id, schedule, trigger_immediately=True)
+        except temporalio.client.ScheduleAlreadyRunningError:
+            continue
+        except RPCError as error:
+            raise Unavailable(f"Temporal did not make the schedule {one.schedule_id}: {error.message}") from error

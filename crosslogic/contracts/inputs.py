@@ -10,6 +10,7 @@ from crosslogic.contracts import names
 from crosslogic.contracts.deployment import DeploymentScalingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeProvisioningInput
 from crosslogic.contracts.strict import WrongShape, read
+from crosslogic.contracts.sweep import FleetSweepInput
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ WORKFLOW_INPUTS: dict[str, WorkflowInput] = {
         ),
         WorkflowInput(names.FLEET_HEALTH, FleetHealthInput, {"region": "in-mumbai"}),
         WorkflowInput(names.DEPLOYMENT_SCALING, DeploymentScalingInput, {"deployment": "llama-7b"}),
+        WorkflowInput(names.FLEET_SWEEP, FleetSweepInput, {"provider": "", "dry_run": True}),
     )
 }
 INPUT_TYPES = {known.type: known for known in WORKFLOW_INPUTS.values()}

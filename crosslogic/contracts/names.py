@@ -8,6 +8,7 @@ NODE_PROVISIONING = "NodeProvisioning"
 NODE_LIFECYCLE = "NodeLifecycle"
 FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
+FLEET_SWEEP = "FleetSweep"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"

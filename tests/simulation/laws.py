@@ -10,6 +10,7 @@ from crosslogic.contracts.node import JOINED
 from crosslogic.domain.deployment import Replica, counts
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import TRANSITIONS, Node, NodeState
+from crosslogic.domain.sweep import bears_our_mark
 from tests.simulation import clock
 from tests.simulation.made_up_cloud import MadeUpMachine
 from tests.simulation.memory_catalog import REGIONS
@@ -19,6 +20,9 @@ from tests.simulation.world import World
 LONGEST_AFTERLIFE_S = 600.0
 # The law of drains is about whole seconds of an operator's patience, not about the milliseconds of a call.
 DRAIN_MARGIN_S = 1.0
+# These run for ever. Whatever else runs for longer than this is stuck.
+STANDING = (names.FLEET_HEALTH, names.DEPLOYMENT_SCALING)
+LONGEST_LIFE_S = 600.0
 
 
 class Laws:
@@ -82,9 +86,11 @@ class Laws:
         self._world.tell(f"{machine.cluster[-6:]} machine ended by us")
         row = self._row_of(machine.cluster)
         if row is None:
+            if not bears_our_mark(machine.cluster, self._world.node_secret):
+                self._world.broke(f"F1: {machine.cluster} is another installation's, and was ended by us")
             return
-        if row.state is NodeState.READY:
-            self._world.broke(f"F6: the machine of {row.node_id} was ended while it was routable")
+        if not row.is_tombstoned:
+            self._world.broke(f"F1: the machine of {row.node_id} was ended, and nobody had said that it may be")
         if row.state is not NodeState.DRAINING or row.node_id in self.is_hasty or self.had_engine_faults:
             return
         running = sum(until > now for until in machine.busy_until)
@@ -119,7 +125,8 @@ class Laws:
             elif row.workflow_id != lifecycle or lifecycle not in world.server.runs:
                 broken.append(f"F5: nobody looks after {row.node_id}, which names {row.workflow_id}")
         rented = {row.cluster for row in alive if row.provider != JOINED}
-        for cluster in sorted(world.cloud.alive ^ rented):
+        ours = {cluster for cluster in world.cloud.alive if cluster not in world.cloud.foreign}
+        for cluster in sorted(ours ^ rented):
             what = "a machine that no row claims" if cluster in world.cloud.alive else "a row without its machine"
             broken.append(f"F1: {cluster} is {what}")
         for node_id in sorted(set(world.board.entries) ^ {row.node_id for row in alive}):
@@ -143,11 +150,8 @@ class Laws:
         if type == names.NODE_LIFECYCLE:
             row = self._world.nodes.rows.get(NODE.parse(workflow_id.removeprefix("node/")))
             return row is None or row.ended_at is not None
-        return type not in (names.FLEET_HEALTH, names.DEPLOYMENT_SCALING, *STANDING)
-
-
-# Workflow types of colleagues that run for ever, by name; whatever else still runs at rest is stuck.
-STANDING: tuple[str, ...] = ()
+        age_s = self._world.loop.time() - self._world.server.runs[workflow_id].started_at
+        return type not in STANDING and age_s > LONGEST_LIFE_S
 
 
 def _age_s(row: Node) -> float:

@@ -50,6 +50,7 @@ class MadeUpCloud:
         self._made = 0
         self.machines: dict[str, MadeUpMachine] = {}
         self.by_endpoint: dict[str, MadeUpMachine] = {}
+        self.foreign: set[str] = set()
         self.is_full = False
         self.list_lag_s = 0.0
         self.find_lag_s = 0.0

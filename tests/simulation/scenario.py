@@ -12,7 +12,7 @@ from crosslogic.contracts import names
 from crosslogic.contracts.node import NodeLifecycleInput, NodeProvisioningInput, NodeSpec
 from crosslogic.domain.deployment import RegionTarget
 from crosslogic.domain.ids import NODE, uuid7
-from crosslogic.domain.node import Node
+from crosslogic.domain.node import Node, cluster_name
 from tests.simulation import clock
 from tests.simulation.laws import Laws
 from tests.simulation.made_up_cloud import Fate
@@ -40,12 +40,13 @@ class Profile:
     network: bool  # g, h: partitions, lost and slow replies.
     cloud: bool  # No capacity, machines that never come up, preemptions, lists that lag.
     engines: bool  # Engines that fall silent for a while.
+    sweeps: bool  # The clouds are swept; therefore orders may arrive late, and machines be there that nobody ordered.
     people: bool  # i, l: signals twice and out of order, cancellations and terminations at any event.
 
     @classmethod
     def draw(cls, dice: random.Random) -> Profile:
         """Most seeds have most kinds; each kind is sometimes missing, so that it hides nothing."""
-        return cls(*(dice.random() < share for share in (0.75, 0.6, 0.7, 0.7, 0.4, 0.8)))
+        return cls(*(dice.random() < share for share in (0.75, 0.6, 0.7, 0.7, 0.4, 0.4, 0.8)))
 
 
 class Scenario:
@@ -64,6 +65,8 @@ class Scenario:
         world, dice = self.world, self.dice
         world.spawn(world.supervise())
         world.spawn(self._serve_requests())
+        if not self.profile.sweeps:
+            world.unscheduled.add(names.FLEET_SWEEP)
         self._set_the_weather()
         self._plan_orders()
         for kind, plan in (
@@ -72,6 +75,7 @@ class Scenario:
             (self.profile.network, self._plan_network_faults),
             (self.profile.cloud, self._plan_cloud_faults),
             (self.profile.engines, self._plan_engine_faults),
+            (self.profile.sweeps, self._plant),
             (self.profile.people, self._plan_people),
         ):
             if kind:
@@ -280,7 +284,7 @@ class Scenario:
                 Fault.REFUSED: dice.choice([0.0, 0.03]),
                 Fault.LOST_REPLY: dice.choice([0.0, 0.03, 0.1]),
                 Fault.SLOW: dice.choice([0.0, 0.03]),
-                Fault.LATE: dice.choice([0.0, 0.2]),
+                Fault.LATE: dice.choice([0.0, 0.3]) if self.profile.sweeps else 0.0,
             }
         for _ in range(dice.randint(0, 3)):
             self.at(self._cut_off)
@@ -297,7 +301,7 @@ class Scenario:
             self.at(self.dice.choice([self._take, self._take, self._fill]), 10)
 
     def _take(self) -> None:
-        alive = sorted(self.world.cloud.alive)
+        alive = sorted(self.world.cloud.alive - self.world.cloud.foreign)
         if alive:
             cluster = self.dice.choice(alive)
             self.world.tell(f"{cluster[-6:]} machine is taken back")
@@ -310,6 +314,17 @@ class Scenario:
 
     def _empty(self) -> None:
         self.world.cloud.is_full = False
+
+    def _plant(self) -> None:
+        """Machines that no row claims: one with our mark, and one of another installation."""
+        self.at(lambda: self._add_machine(self.world.node_secret))
+        self.at(lambda: self.world.cloud.foreign.add(self._add_machine("another installation's secret")))
+
+    def _add_machine(self, node_secret: str) -> str:
+        cluster = cluster_name("local", "in-mumbai", "cpu", True, self.new_id(), node_secret)
+        self.world.tell(f"{cluster[-6:]} machine appears")
+        self.world.cloud.add(cluster, "in-mumbai")
+        return cluster
 
     def _plan_engine_faults(self) -> None:
         self.laws.had_engine_faults = True

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 from unittest.mock import patch
 
-from temporalio.client import WorkflowExecutionStatus
+from temporalio.client import Schedule, ScheduleActionStartWorkflow, ScheduleAlreadyRunningError, WorkflowExecutionStatus
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner
@@ -29,6 +29,7 @@ from tests.simulation.made_up_cloud import MadeUpCloud, MadeUpEngines
 from tests.simulation.memory_board import MemoryBoard, MemoryHeartbeats
 from tests.simulation.memory_catalog import MODELS, REGIONS, MemoryCatalog
 from tests.simulation.memory_nodes import MemoryNodes
+from tests.simulation.memory_sweeps import MemorySweeps
 from tests.simulation.network import Network, Reach
 from tests.simulation.processes import Process, Registry
 from tests.simulation.server import AlreadyRuns, NotFound, Run, Server
@@ -39,6 +40,7 @@ STAND_INS = {
     "CatalogStore": ("postgres", "catalog"),
     "EngineClient": ("engine", "engines"),
     "HeartbeatBoard": ("redis", "heartbeats"),
+    "SweepStore": ("postgres", "sweeps"),
 }
 
 # A process that was killed is started again within this.
@@ -88,6 +90,8 @@ class World:
         self.dice = random.Random(seed)
         self.trace: list[tuple[float, str]] = []
         self.broken: list[str] = []
+        assert self.settings.node_secret is not None
+        self.node_secret = self.settings.node_secret.get_secret_value()
         self.converter = known.converter
         self.server = Server(random.Random(self.dice.random()), known.converter, self.tell)
         self.network = Network(random.Random(self.dice.random()), self.tell)
@@ -104,6 +108,10 @@ class World:
             deployments=lambda: self.catalog.deployments,
             on_change=self._changed,
         )
+        self.sweeps = MemorySweeps()
+        # Workflow types that no schedule starts.
+        self.unscheduled: set[str] = set()
+        self._schedules: set[str] = set()
         self._registry = known
         self._graveyard: list[Process] = []
         self.processes: list[Process] = []
@@ -189,6 +197,25 @@ class World:
 
         self._own.append(self.loop.create_task(watched()))
 
+    def schedule(self, schedule_id: str, schedule: Schedule) -> None:
+        """Start its workflow now and then again and again, unless the one before still runs."""
+        if schedule_id in self._schedules:
+            raise ScheduleAlreadyRunningError
+        self._schedules.add(schedule_id)
+        action = cast(ScheduleActionStartWorkflow, schedule.action)
+        payloads = self.converter.payload_converter.to_payloads(list(action.args))
+
+        async def keep() -> None:
+            made = 0
+            while True:
+                if not self.server.is_down and f"{schedule_id}-{made}" not in self.server.runs:
+                    made += 1
+                    self.server.start(action.workflow, f"{schedule_id}-{made}", payloads)
+                await asyncio.sleep(schedule.spec.intervals[0].every.total_seconds())
+
+        if action.workflow not in self.unscheduled:
+            self.spawn(keep())
+
     async def end(self) -> None:
         """Take everything down."""
         self.is_over = True
@@ -251,6 +278,9 @@ class Client:
                     raise RPCError("it runs already", RPCStatusCode.ALREADY_EXISTS, b"") from error
 
         await self._call("start_workflow", start)
+
+    async def create_schedule(self, schedule_id: str, schedule: Schedule, **_: Any) -> None:
+        await self._call("create_schedule", lambda: self._world.schedule(schedule_id, schedule))
 
     def get_workflow_handle(self, workflow_id: str) -> Handle:
         return Handle(self, workflow_id)
