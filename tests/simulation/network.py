@@ -88,7 +88,8 @@ class Network:
 
     async def call(self, process: Process, service: Service, operation: str, effect: Callable[[], Any]) -> Any:
         """Send a call and wait for its reply, as far as the process and the network let it."""
-        await process.gate()
+        if not process.is_running:
+            await process.gate()
         call = Call(len(self.calls), process.name, service.name, operation)
         self.calls.append(call)
         fault = self.plan(call) or self._draw(service, operation)
@@ -98,7 +99,8 @@ class Network:
             process.kill()
         elif fault is Fault.STOP_BEFORE:
             self._put_to_sleep(process)
-        await process.gate()
+        if not process.is_running:
+            await process.gate()
         reply: asyncio.Future[Any] = self._loop.create_future()
         transit_s = self._dice.uniform(0.001, 0.02)
         if fault is Fault.SLOW:
@@ -109,10 +111,10 @@ class Network:
         self._loop.call_later(transit_s, self._arrive, process, service, fault, effect, reply)
         # What was sent arrives, whether its sender still listens or not.
         try:
-            result = await asyncio.shield(reply)
+            return await reply
         finally:
-            await process.gate()
-        return result
+            if not process.is_running:
+                await process.gate()
 
     def _arrive(
         self,

@@ -209,8 +209,8 @@ class Scenario:
         cloud.find_lag_s = dice.choice([0.0, 0.0, 2.0]) if is_bad else 0.0
 
         def draw() -> Fate:
-            runs_after_s = dice.uniform(1.0, 40.0)
-            fate = Fate(runs_after_s, runs_after_s + dice.uniform(0.5, 20.0))
+            runs_after_s = dice.choice([1.0, 3.0, 6.0, 30.0]) + dice.random()
+            fate = Fate(runs_after_s, runs_after_s + dice.choice([0.5, 2.0, 12.0]) + dice.random())
             if is_bad and self.is_troubled:
                 draw = dice.random()
                 if draw < 0.08:

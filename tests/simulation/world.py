@@ -10,7 +10,8 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, cast
+from functools import cache
+from typing import Any, cast, get_type_hints
 from unittest.mock import patch
 
 from temporalio.client import Schedule, ScheduleActionStartWorkflow, ScheduleAlreadyRunningError, WorkflowExecutionStatus
@@ -19,6 +20,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner
 
 import worker
+from activities import manners
 from crosslogic.clients import temporal
 from crosslogic.contracts import names
 from crosslogic.domain.node import Node
@@ -84,7 +86,7 @@ class World:
 
     def __init__(self, seed: int, known: Registry, settings: Settings | None = None, processes: int = 2) -> None:
         self.seed = seed
-        self.settings = settings or make_settings(cloud_interval_s=30.0)
+        self.settings = settings or make_settings(probe_interval_s=8.0, cloud_interval_s=30.0)
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(self._on_defect)
         self.dice = random.Random(seed)
@@ -331,9 +333,22 @@ def silence() -> Generator[None]:
         logging.disable(before)
 
 
+# The SDK reads the same types again and again; a simulation has no time for that.
+_hints = cache(get_type_hints)
+
+# The SDK sends one at most every 2 s, whatever an activity does (worker.make_worker).
+BEAT_INTERVAL_S = 2.0
+
+
 def run_in_virtual_time(main: Callable[[], Any]) -> Any:
     """Run a coroutine function on a new virtual loop, with the clocks of our modules set to it."""
-    with silence(), clock.virtual_clocks(), asyncio.Runner(loop_factory=clock.VirtualLoop) as runner:
+    with (
+        silence(),
+        clock.virtual_clocks(),
+        patch.object(manners, "HEARTBEAT_INTERVAL_S", BEAT_INTERVAL_S),
+        patch("temporalio.converter._payload_converter.get_type_hints", _hints),
+        asyncio.Runner(loop_factory=clock.VirtualLoop) as runner,
+    ):
         return runner.run(main())
 
 
