@@ -36,6 +36,7 @@ from crosslogic.clients.local_cloud import LocalCloud
 from crosslogic.clients.skypilot import SkyPilot
 from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
+from crosslogic.contracts.sweep import FleetSweepInput
 from crosslogic.domain.autoscaling import ScalingRules
 from crosslogic.domain.certificates import join_token
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
@@ -61,6 +62,7 @@ from workflows.certificate_rotation import CertificateRotation
 from workflows.deployment_rollout import DeploymentRollout
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
+from workflows.fleet_sweep import FleetSweep
 from workflows.node_lifecycle import NodeLifecycle
 from workflows.node_provisioning import NodeProvisioning
 
@@ -75,6 +77,7 @@ WORKFLOWS: Sequence[type[Any]] = (
     DeploymentScaling,
     DeploymentRollout,
     CertificateRotation,
+    FleetSweep,
 )
 
 SCHEDULES = (
@@ -84,6 +87,13 @@ SCHEDULES = (
         CertificateRotationInput(),
         timedelta(days=1),
         "Authorities get successors in time; agents that have not renewed their certificates are told to.",
+    ),
+    temporal.Standing(
+        "fleet-sweep",
+        names.FLEET_SWEEP,
+        FleetSweepInput(),
+        timedelta(minutes=2),
+        "Every machine in the clouds is one that we intended: the sweep proves it, and ends what is not.",
     ),
 )
 
@@ -129,6 +139,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
         default_provider=settings.cloud_provider,
         is_loopback_allowed=settings.is_dev,
         lead_times=lead_times,
+        node_secret=secret,
     )
     machines = CloudActivities(
         clouds, nodes, is_loopback_allowed=settings.is_dev, catalog=catalog, placement=PlacementStore(pool)
@@ -154,6 +165,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
         writer,
         decisions=ScalingStore(pool),
         lead_times=lead_times,
+        node_secret=secret,
         demand=demand,
         heartbeats=HeartbeatBoard(redis, settings.redis_prefix),
         rules=ScalingRules(full_load_s=settings.full_load_s),

@@ -70,10 +70,12 @@ class NodeActivities:
         default_provider: str,
         is_loopback_allowed: bool,
         lead_times: LeadTimeStore | None = None,
+        node_secret: str = "",
     ) -> None:
         self._lead_times = lead_times
         self._nodes = nodes
         self._catalog = catalog
+        self._node_secret = node_secret
         self._board = board
         self._providers = providers
         self._default_provider = default_provider
@@ -212,7 +214,12 @@ class NodeActivities:
             gpu=gpu,
             spot=asked.spot and not endpoint,
             cluster=cluster_name(
-                provider, region, gpu.replace(":", "x") or NO_GPU, asked.spot and not endpoint, order.node_id
+                provider,
+                region,
+                gpu.replace(":", "x") or NO_GPU,
+                asked.spot and not endpoint,
+                order.node_id,
+                self._node_secret,
             ),
             is_pinned=order.is_pinned,
             workflow_id=order.workflow_id,
@@ -230,7 +237,7 @@ class NodeActivities:
 
 
 def _gpus(asked: NodeProvisioningInput, serves: RevisionSpec, model: Model, provider: str) -> list[str]:
-    """What may hold the model, as asked for, else as its revision says, else the fewest GPUs of each kind that do. Raises Rejected."""
+    """What may hold the model: as asked, else as its revision says, else the fewest GPUs that do. Raises Rejected."""
     if provider == LOCAL:
         return [asked.gpu or NO_GPU]
     wanted = [asked.gpu] * bool(asked.gpu) + asked.gpus or serves.gpus

@@ -52,6 +52,10 @@ class SkipLaw:
                 terminalreporter.line(line)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="The one seed that `./test simulation` lives through and shows.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("CI") == "true":
         config.pluginmanager.register(SkipLaw(), "crosslogic-skip-law")

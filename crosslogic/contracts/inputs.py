@@ -12,6 +12,7 @@ from crosslogic.contracts.deployment import DeploymentScalingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeProvisioningInput
 from crosslogic.contracts.rollout import DeploymentRolloutInput
 from crosslogic.contracts.strict import WrongShape, read
+from crosslogic.contracts.sweep import FleetSweepInput
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ WORKFLOW_INPUTS: dict[str, WorkflowInput] = {
         WorkflowInput(names.DEPLOYMENT_SCALING, DeploymentScalingInput, {"deployment": "llama-7b"}),
         WorkflowInput(names.CERTIFICATE_ROTATION, CertificateRotationInput, {"new_authority": False}),
         WorkflowInput(names.DEPLOYMENT_ROLLOUT, DeploymentRolloutInput, {"deployment": "llama-7b", "revision": 2}),
+        WorkflowInput(names.FLEET_SWEEP, FleetSweepInput, {"provider": "", "dry_run": True}),
     )
 }
 INPUT_TYPES = {known.type: known for known in WORKFLOW_INPUTS.values()}

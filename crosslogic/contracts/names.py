@@ -10,6 +10,7 @@ FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
 CERTIFICATE_ROTATION = "CertificateRotation"
 DEPLOYMENT_ROLLOUT = "DeploymentRollout"
+FLEET_SWEEP = "FleetSweep"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"

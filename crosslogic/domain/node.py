@@ -9,6 +9,7 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 from uuid import UUID
 
+from crosslogic.domain.credentials import machine_mark
 from crosslogic.domain.errors import InvariantViolated, Rejected
 from crosslogic.domain.ids import NODE, ORG
 
@@ -190,13 +191,15 @@ class Node:
         )
 
 
-def cluster_name(provider: str, region: str, gpu: str, is_spot: bool, node_id: str) -> str:
+def cluster_name(provider: str, region: str, gpu: str, is_spot: bool, node_id: str, node_secret: str = "") -> str:
     """The machine's name in its cloud: `cic-<provider>-<region>-<gpu>-<spot|od>-<short id>`.
 
     It derives from the node id alone, so that a repeated launch finds the first one's machine. The short id is the last
-    ten characters (50 random bits).
+    ten characters (50 random bits), and with a `node_secret` the installation's mark behind them.
     """
-    return f"cic-{provider}-{region}-{gpu.lower()}-{'spot' if is_spot else 'od'}-{node_id[-10:]}"
+    identity = node_id[-10:]
+    mark = machine_mark(node_secret, identity) if node_secret else ""
+    return f"cic-{provider}-{region}-{gpu.lower()}-{'spot' if is_spot else 'od'}-{identity}{mark}"
 
 
 def check_endpoint(url: str, *, is_loopback_allowed: bool) -> str:

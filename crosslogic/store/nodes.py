@@ -33,6 +33,7 @@ class NodeStore:
         WHERE state IN ('requested', 'launching', 'booting', 'loading') AND tombstoned_at IS NULL
         ORDER BY created_at, id
     """
+    SELECT_BY_CLUSTER = "SELECT * FROM nodes WHERE cluster = ANY($1::text[])"
     SELECT_ALL = "SELECT * FROM nodes ORDER BY created_at DESC, id DESC LIMIT $1"
     SELECT_PAGE = """
         SELECT * FROM nodes
@@ -127,6 +128,11 @@ class NodeStore:
     async def find_many(self, node_ids: Sequence[UUID]) -> list[Node]:
         """The rows of those ids that have one."""
         return [_node(row) for row in await self._pool.fetch(self.SELECT_MANY, list(node_ids))]
+
+    async def find_by_cluster(self, clusters: Sequence[str]) -> dict[str, Node]:
+        """The rows of those machines that a node has ever claimed, by the machine's name."""
+        rows = await self._pool.fetch(self.SELECT_BY_CLUSTER, list(clusters))
+        return {node.cluster: node for node in map(_node, rows)}
 
     async def list_alive(self, region: str | None = None) -> list[Node]:
         """All nodes that have not ended, oldest first."""
