@@ -70,6 +70,14 @@ class Books:
             raise
         self.database.execute("COMMIT")
 
+    def forget(self) -> None:
+        """Start over with an empty account that behaves as documented."""
+        with self.transaction():
+            for table in ("objects", "meter_events", "replies", "deliveries", "calls", "notes"):
+                self.database.execute(f"DELETE FROM {table}")  # noqa: S608  # A name of ours.
+            self.behaviour, self._clock = Behaviour(), {}
+            self.save_behaviour()
+
     # The clock.
 
     @property

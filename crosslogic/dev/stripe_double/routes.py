@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from crosslogic.dev.stripe_double import catalog, invoicing, metering
-from crosslogic.dev.stripe_double.books import Body, Books
+from crosslogic.dev.stripe_double.books import Body, Books, part
 from crosslogic.dev.stripe_double.refusals import Refusal
 
 _LARGEST_PAGE = 100
@@ -42,7 +42,7 @@ def _list(
 ) -> Callable[..., Body]:
     def answer(books: Books, params: Body, *identifiers: str) -> Body:
         if isinstance(of, str):
-            found = books.all(of, params.get("customer"))
+            found = [one for one in books.all(of, params.get("customer")) if _is_within(one, part(params, "created"))]
             found = found[::-1] if is_newest_first else found
         else:
             found = of(books, params, *identifiers)
@@ -75,6 +75,10 @@ def _paged(found: list[Body], params: Body, name: str) -> Body:
     has_more = len(found) > start + limit
     shown = {"object": name, "data": [_embedded(one) for one in page], "has_more": has_more, "url": ""}
     return shown | ({"next_page": page[-1]["id"] if has_more else None} if name == "search_result" else {})
+
+
+def _is_within(body: Body, created: Body) -> bool:
+    return "created" not in body or created.get("gte", 0) <= body["created"] < created.get("lt", float("inf"))
 
 
 def _embedded(body: Body) -> Body:
@@ -226,9 +230,13 @@ def find(method: str, path: str) -> tuple[Operation, Callable[..., Body]] | None
     for pattern, operation in _COMPILED:
         match = pattern.fullmatch(path) if operation.method == method else None
         if match:
-            return operation, partial(_call, operation.answer, match.groups())
+            return operation, partial(_call, path, operation.answer, match.groups())
     return None
 
 
-def _call(answer: Callable[..., Body], identifiers: tuple[str, ...], books: Books, params: Body, **more: Any) -> Body:
-    return answer(books, params, *identifiers, **more)
+def _call(
+    path: str, answer: Callable[..., Body], identifiers: tuple[str, ...], books: Books, params: Body, **more: Any
+) -> Body:
+    body = answer(books, params, *identifiers, **more)
+    # The library asks there for the next page.
+    return body | {"url": path} if body.get("object") in ("list", "search_result") else body

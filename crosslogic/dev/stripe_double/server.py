@@ -100,6 +100,7 @@ class Door:
             ("GET", "/control/calls"): self._show_calls,
             ("PUT", "/control/payments"): self._order_payments,
             ("POST", "/control/disputes"): self._dispute,
+            ("DELETE", "/control/account"): self._forget,
         }
         ours = [Route(path, self._guarded(handler), methods=[method]) for (method, path), handler in control.items()]
         every = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -276,7 +277,7 @@ class Door:
     def _guarded(self, handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
             self._admit(request)
-            return await handle(request)
+            return await handler(request)
 
         return handle
 
@@ -308,6 +309,10 @@ class Door:
         self._run_due(target)
         with self._books.transaction():
             self._books.set_clock(target)
+        return await self._show_clock(request)
+
+    async def _forget(self, request: Request) -> Response:
+        self._books.forget()
         return await self._show_clock(request)
 
     async def _show_calls(self, request: Request) -> Response:
