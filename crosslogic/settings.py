@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     skypilot_url: str = Field(default="http://127.0.0.1:46580", description="SkyPilot's API server.")
     stripe_url: str = Field(default="", description="Where Stripe's API is, if not at Stripe; for tests.")
     stripe_api_key: SecretStr | None = Field(default=None, description="Stripe secret key; billing is off without one.")
+    stripe_webhook_url: str = Field(
+        default="", description="Where Stripe reaches `/stripe/webhooks` of our API; empty: nowhere."
+    )
 
     probe_interval_s: float = Field(
         default=5.0, ge=0.2, le=300, description="Time between two polls of a node's engine."

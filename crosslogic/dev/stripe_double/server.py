@@ -101,6 +101,7 @@ class Door:
             ("PUT", "/control/payments"): self._order_payments,
             ("POST", "/control/disputes"): self._dispute,
             ("DELETE", "/control/account"): self._forget,
+            ("GET", "/control/thin-events"): self._show_thin_events,
         }
         ours = [Route(path, self._guarded(handler), methods=[method]) for (method, path), handler in control.items()]
         every = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -317,6 +318,9 @@ class Door:
 
     async def _show_calls(self, request: Request) -> Response:
         return JSONResponse({"calls": self._books.calls(int(request.query_params.get("after", "0")))})
+
+    async def _show_thin_events(self, _: Request) -> Response:
+        return JSONResponse({"events": self._books.all("v2.core.event")})
 
     async def _order_payments(self, request: Request) -> Response:
         order = PaymentOrder.model_validate_json(await request.body())
