@@ -97,7 +97,7 @@ async def set_up_prices(account: StripeAccount, store: StripeStore, catalog: Cat
     known_meters, known_prices = await store.objects("meter"), await store.objects("price")
     models = [(model.name, model.kind != "embedding") for model in catalog.models.values()]
     evidence = meters.token_meters(models, catalog.regions.regions)
-    there = await account.list_meters()
+    there, prices = await account.list_meters(), await account.list_prices(meters.PRODUCT)
     for name in (meters.RATED, *evidence):
         known = known_meters.get(name)
         if known and there.get(name) != known.stripe_id:
@@ -109,13 +109,14 @@ async def set_up_prices(account: StripeAccount, store: StripeStore, catalog: Cat
             )
         if known and name in known_prices:
             continue
-        meter = there.get(name) or await account.ensure_meter(name, name.replace("_", " "))
+        meter = await account.ensure_meter(name, name.replace("_", " "), there)
         await store.keep_object("meter", name, meter)
         price = await account.ensure_price(
             name,
             product=meters.PRODUCT,
             meter=meter,
             unit_cents=meters.RATED_UNIT_CENTS if name == meters.RATED else Decimal(0),
+            known=prices,
         )
         await store.keep_object("price", name, price)
         made.append(f"meter and price {name}")

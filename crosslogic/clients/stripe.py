@@ -185,8 +185,8 @@ class StripeAccount:
         pages = self._pages("listing meters", self.client.v1.billing.meters.list_async, {"status": "active"})
         return {meter.event_name: meter.id async for meter in pages}
 
-    async def ensure_meter(self, event_name: str, display_name: str) -> str:
-        """A meter that takes one absolute value an hour and sums the hours up."""
+    async def ensure_meter(self, event_name: str, display_name: str, known: Mapping[str, str] | None = None) -> str:
+        """A meter of one absolute value an hour, which sums the hours up. `known`: what `list_meters` just said."""
 
         async def find() -> str | None:
             return (await self.list_meters()).get(event_name)
@@ -194,7 +194,7 @@ class StripeAccount:
         return await self._ensure(
             "making a meter",
             f"meter/{event_name}",
-            find,
+            find if known is None else _said(known.get(event_name), find),
             lambda options: self.client.v1.billing.meters.create_async(
                 {
                     "event_name": event_name,
@@ -208,8 +208,22 @@ class StripeAccount:
             ),
         )
 
-    async def ensure_price(self, lookup_key: str, *, product: str, meter: str, unit_cents: Decimal) -> str:
-        """A monthly price in USD of what a meter counts, found by its lookup key."""
+    async def list_prices(self, product: str) -> dict[str, str]:
+        """The active prices of a product: id by lookup key."""
+        params = {"product": product, "active": True}
+        pages = self._pages("listing prices", self.client.v1.prices.list_async, params)
+        return {price.lookup_key: price.id async for price in pages if price.lookup_key}
+
+    async def ensure_price(
+        self,
+        lookup_key: str,
+        *,
+        product: str,
+        meter: str,
+        unit_cents: Decimal,
+        known: Mapping[str, str] | None = None,
+    ) -> str:
+        """A monthly price in USD of what a meter counts, by its lookup key. `known`: what `list_prices` just said."""
 
         async def find() -> str | None:
             page = await self._read(
@@ -220,7 +234,7 @@ class StripeAccount:
         return await self._ensure(
             "making a price",
             f"price/{lookup_key}",
-            find,
+            find if known is None else _said(known.get(lookup_key), find),
             lambda options: self.client.v1.prices.create_async(
                 {
                     "currency": "usd",
@@ -815,6 +829,18 @@ def _notice(event: dict[str, Any]) -> Notice:
     subject: Any = event.get("related_object") or event["data"]["object"]
     kind = subject.get("object") or subject.get("type")
     return Notice(str(event["id"]), str(event["type"]), str(kind), str(subject.get("id", "")))
+
+
+def _said(known: str | None, find: Callable[[], Awaitable[str | None]]) -> Callable[[], Awaitable[str | None]]:
+    """Answers first what is known already, and looks from then on."""
+    answers = iter([known])
+
+    async def look() -> str | None:
+        for answer in answers:
+            return answer
+        return await find()
+
+    return look
 
 
 async def _first(pages: AsyncIterator[Any], is_it: Callable[[Any], bool]) -> str | None:

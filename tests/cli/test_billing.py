@@ -49,7 +49,9 @@ class TestSetup:
         assert {path for path in double.writes(after) if "webhook" not in path and "destinations" not in path} == set()
         assert len(double.client.v1.webhook_endpoints.list().data) == 1
 
-    async def test_renewed_webhooks_have_new_secrets(self, double: Double, database: str, pool: asyncpg.Pool) -> None:
+    async def test_renewed_webhooks_have_new_secrets_and_another_account_is_refused(
+        self, double: Double, database: str, pool: asyncpg.Pool
+    ) -> None:
         settings = settings_for(double, database)
         await billing.run(settings)
         before = (await StripeStore(pool).objects("webhook"))[URL]
@@ -59,10 +61,6 @@ class TestSetup:
         assert [one.id for one in double.client.v1.webhook_endpoints.list().data] == [after.stripe_id]
         # What is stored does not show the secret.
         assert b"whsec" not in (after.sealed_secret or b"")
-
-    async def test_refuses_another_account(self, double: Double, database: str) -> None:
-        settings = settings_for(double, database)
-        await billing.run(settings)
         double.start_over()
         with pytest.raises(Rejected, match="another Stripe account"):
             await billing.run(settings)

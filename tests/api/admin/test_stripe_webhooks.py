@@ -42,14 +42,13 @@ class Notices:
         return self._client.post("/stripe/webhooks", content=payload, headers={"stripe-signature": signature})
 
     def deliver(self, event: dict[str, Any], *, kind: str = "webhook", age_s: int = 0) -> httpx.Response:
-        payload = json.dumps(event)
+        payload = json.dumps(event, default=str)
         return self.post(payload, sign(self._secrets[kind], payload, int(time.time()) - age_s))
 
     def events(self) -> list[dict[str, Any]]:
         """Everything that has happened, oldest first."""
-        return [event.to_dict() for event in self._double.client.v1.events.list({"limit": 100}).auto_paging_iter()][
-            ::-1
-        ]
+        listed = self._double.client.v1.events.list({"limit": 100}).auto_paging_iter()
+        return [event.to_dict() for event in listed][::-1]
 
 
 @pytest.fixture
