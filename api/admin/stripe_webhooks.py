@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("crosslogic.api")
 
+_TRIES = 2  # Stripe waits for the answer, and delivers again.
 _LARGEST_BODY = 1_000_000  # bytes; Stripe's events are a few kilobytes
 _METER_ERRORS = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
 _KINDS = ("invoice", "subscription", "dispute")
@@ -88,7 +89,7 @@ async def _account(request: Request, admin: AdminContext) -> StripeAccount:
 
         url = admin.settings.stripe_url or None
         client = await run_in_threadpool(stripe.connect, key.get_secret_value(), base_url=url)
-        kept = request.app.state.stripe = stripe.StripeAccount(client)
+        kept = request.app.state.stripe = stripe.StripeAccount(client, most_tries=_TRIES)
     return cast("StripeAccount", kept)
 
 

@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -24,7 +24,6 @@ from crosslogic.domain.errors import InvariantViolated, Rejected, Unavailable
 
 Answer = TypeVar("Answer")
 
-MOST_RETRIES = 3
 TIMEOUT_S = 20
 SIGNATURE_TOLERANCE_S = 300
 
@@ -34,7 +33,6 @@ MOST_IDENTIFIER = 100
 MOST_SUBSCRIPTION_ITEMS = 20
 _PAGE = 100
 
-_MOST_TRIES = 5
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 8.0
 # A stored 5xx is passed by with another key at once; so many of them in a row are an outage.
@@ -135,7 +133,8 @@ def connect(api_key: str, *, base_url: str | None = None) -> stripe.StripeClient
     """A client for one account. `base_url` points it elsewhere than at Stripe."""
     return stripe.StripeClient(
         api_key,
-        max_network_retries=MOST_RETRIES,
+        # Whoever calls decides how often, and with which key.
+        max_network_retries=0,
         base_addresses={"api": base_url} if base_url else {},
         http_client=stripe.HTTPXClient(timeout=TIMEOUT_S, allow_sync_methods=True),
     )
@@ -163,7 +162,8 @@ class StripeAccount:
 
     client: stripe.StripeClient
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep
-    jitter: Callable[[], float] = field(default=random.random)  # 0 to 1
+    jitter: Callable[[], float] = random.random  # 0 to 1
+    most_tries: int = 5
 
     # What is set up once.
 
@@ -682,14 +682,15 @@ class StripeAccount:
 
     async def _read(self, what: str, call: Callable[[], Awaitable[Answer]]) -> Answer:
         """A call without an effect, repeated while Stripe is away or busy."""
-        for tries in range(1, _MOST_TRIES + 1):
+        tries = 1
+        while True:
             try:
                 return await call()
             except stripe.StripeError as error:
-                if not _is_passing(error) or tries == _MOST_TRIES:
+                if not _is_passing(error) or tries >= self.most_tries:
                     raise _family(error, what) from error
-                await self._pause(tries)
-        raise AssertionError("the last try returns or raises")
+            await self._pause(tries)
+            tries += 1
 
     async def _pages(
         self, what: str, list_page: Callable[[Any], Awaitable[Any]], params: dict[str, Any]
@@ -718,11 +719,9 @@ class StripeAccount:
         suffix, tries = 0, 1
         while True:
             try:
-                return await send(
-                    {"idempotency_key": f"{key}{f'+{suffix}' if suffix else ''}", "max_network_retries": 0}
-                )
+                return await send({"idempotency_key": f"{key}{f'+{suffix}' if suffix else ''}"})
             except stripe.StripeError as error:
-                if not _is_passing(error) or tries >= _MOST_TRIES or suffix >= _MOST_SUFFIXES:
+                if not _is_passing(error) or tries >= self.most_tries or suffix >= _MOST_SUFFIXES:
                     raise _family(error, what) from error
                 is_replay = dict(error.headers or {}).get("idempotent-replayed") == "true"
                 if (error.http_status or 0) == 500:

@@ -191,7 +191,7 @@ class TestReceive:
     ) -> None:
         customer, _ = await make_debtor(double, account)
         event = next(one for one in notices.events() if one["type"] == "invoice.payment_failed")
-        double.fail("GET /v1/invoices/{id}", *["unavailable"] * 5)
+        double.fail("GET /v1/invoices/{id}", *["unavailable"] * 2)
         assert notices.deliver(event).status_code == 503
         assert await states(pool) == []
         assert notices.deliver(event).json() == {"status": "handled"}
