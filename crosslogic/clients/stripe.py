@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ class MeterError:
 
 def connect(api_key: str, *, base_url: str | None = None) -> stripe.StripeClient:
     """A client for one account. `base_url` points it elsewhere than at Stripe."""
+    # It would log a line for each call.
+    logging.getLogger("stripe").setLevel(logging.WARNING)
     return stripe.StripeClient(
         api_key,
         # Whoever calls decides how often, and with which key.
@@ -724,7 +727,7 @@ class StripeAccount:
                 if not _is_passing(error) or tries >= self.most_tries or suffix >= _MOST_SUFFIXES:
                     raise _family(error, what) from error
                 is_replay = dict(error.headers or {}).get("idempotent-replayed") == "true"
-                if (error.http_status or 0) == 500:
+                if is_replay or error.http_status == 500:
                     found = await find() if find else None
                     if found is not None:
                         return found
