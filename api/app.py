@@ -22,6 +22,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from api import admin, agents, error_handlers, scraping
+from api.admin import stripe_webhooks
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
 from api.agents import AgentContext
@@ -97,6 +98,7 @@ def create_app(settings: Settings) -> CrossLogicAPI:
     error_handlers.install(app)
     app.include_router(admin.router)
     app.include_router(agents.router)
+    app.include_router(stripe_webhooks.router)
     _add_operations(app, settings)
     return app
 

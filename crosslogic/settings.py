@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     )
     stripe_url: str = Field(default="", description="Where Stripe's API is, if not at Stripe; for tests.")
     stripe_api_key: SecretStr | None = Field(default=None, description="Stripe secret key; billing is off without one.")
+    stripe_webhook_url: str = Field(
+        default="", description="Where Stripe reaches `/stripe/webhooks` of our API; empty: nowhere."
+    )
 
     probe_interval_s: float = Field(
         default=5.0, ge=0.2, le=300, description="Time between two polls of a node's engine."

@@ -28,8 +28,9 @@ from crosslogic.hot import connection as hot
 from crosslogic.settings import Settings
 from crosslogic.store.migrations import migrate
 from tests.stripe_account import stripe_account
+from tests.stripe_double import double, double_process
 
-__all__ = ["stripe_account"]
+__all__ = ["double", "double_process", "stripe_account"]
 
 START_TIMEOUT_S = 60.0
 TEMPLATE = "migrated"

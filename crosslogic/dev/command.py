@@ -16,7 +16,8 @@ from crosslogic.dev.state import State
 HELP = """\
 ./run [--state DIR] [--port N] [--fresh]
     Prepare the environment and start everything on this machine: Postgres, Valkey, Temporal with its UI, a local cloud
-    with real engines, the worker and the API. Ctrl-C stops all of it; the next ./run goes on where it was.
+    with real engines, a double of Stripe, the worker and the API. Ctrl-C stops all of it; the next ./run goes on where
+    it was.
       --state DIR   where everything is kept (default: .crosslogic, beside this file)
       --port N      the API's port on 127.0.0.1 (default: 8080)
       --fresh       delete the state and start over
@@ -31,6 +32,7 @@ HELP = """\
       deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
       usage requests audit                 what was used, why it went there, and who changed what
       setup                                bring schema, search attributes and seeds up to date
+      billing                              make at Stripe what billing needs there
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack
 ./run doctor [--state DIR] [--port N]   say what is wrong on this machine and how to mend it

@@ -154,7 +154,12 @@ def _running(state: State) -> Iterator[Finding]:
     for name, address in state.read("endpoints.json").items():
         problem = _problem_of(name, str(address))
         shown = {"postgres": "postgres", "redis": "valkey"}.get(name, f"{name} at {address}")
-        part = {"redis": "valkey", "temporal_ui": "temporal", "local_cloud": "local-cloud"}.get(name, name)
+        part = {
+            "redis": "valkey",
+            "temporal_ui": "temporal",
+            "local_cloud": "local-cloud",
+            "stripe": "stripe-double",
+        }.get(name, name)
         yield Finding(
             f"{shown} {problem or 'answers'}",
             f"look at {state.logs}/{part}.log; Ctrl-C and ./run again if it stays so" if problem else "",

@@ -40,7 +40,7 @@ _GOOD_LIFE_S = 30.0  # A part that has lived this long is started again without 
 _POLL_S = 0.05
 _OURS_GRACE_S = 2  # For running requests and activities.
 # Who uses a server stops before it does, each with its grace in seconds; everything is gone 5 s after the signal.
-_STOP_ORDER = ((("api", "worker"), 3.0), (("local-cloud", "temporal", "valkey", "postgres"), 1.9))
+_STOP_ORDER = ((("api", "worker"), 3.0), (("local-cloud", "stripe-double", "temporal", "valkey", "postgres"), 1.9))
 _API_PROCESSES: int = Settings.model_fields["api_processes"].default
 _LARGEST_LOG = 20_000_000  # bytes; a larger one is put aside at the next start
 
@@ -196,6 +196,7 @@ class Addresses:
     temporal_http: int = 0
     temporal_metrics: int = 0
     local_cloud: int = 0
+    stripe: int = 0
 
     @classmethod
     def choose(cls, state: State, api: int) -> Addresses:
@@ -211,6 +212,7 @@ class Addresses:
             "temporal_http",
             "temporal_metrics",
             "local_cloud",
+            "stripe",
         ):
             port = remembered.get(name)
             while not isinstance(port, int) or port in taken or not is_port_free(port):
@@ -278,6 +280,7 @@ class Stack:
     def _servers(self) -> tuple[dict[str, str], list[Part]]:
         """The parts that are not ours, the local cloud, and the environment in which ours find them."""
         known = self.state.read("secrets.json")
+        known.setdefault("stripe", f"sk_test_double_{secrets.token_hex(16)}")
         for name in ("postgres", "valkey", "local_cloud", "node"):
             known.setdefault(name, secrets.token_urlsafe(32))
         self.state.write("secrets.json", known)
@@ -306,6 +309,15 @@ class Stack:
         given = given_environment()
         if "CROSSLOGIC_TEMPORAL_ADDRESS" not in given:
             defaults["CROSSLOGIC_TEMPORAL_UI_URL"] = temporal.ui_url
+        has_double = "CROSSLOGIC_STRIPE_API_KEY" not in given
+        if has_double:
+            # The account behind a key that is given is somebody's own; without one a double stands in.
+            given = {name: value for name, value in given.items() if name != "CROSSLOGIC_STRIPE_URL"}
+            defaults |= {
+                "CROSSLOGIC_STRIPE_URL": f"http://127.0.0.1:{ports.stripe}",
+                "CROSSLOGIC_STRIPE_API_KEY": known["stripe"],
+                "CROSSLOGIC_STRIPE_WEBHOOK_URL": f"{self._api_url}/stripe/webhooks",
+            }
         own = {
             "CROSSLOGIC_MODE": "dev",
             "CROSSLOGIC_STATE_DIR": str(self.state.path),
@@ -326,6 +338,7 @@ class Stack:
                 "postgres": chosen["CROSSLOGIC_DATABASE_URL"],
                 "redis": chosen["CROSSLOGIC_REDIS_URL"],
                 "local_cloud": cloud_url,
+                **({"stripe": defaults["CROSSLOGIC_STRIPE_URL"]} if has_double else {}),
             },
         )
         environment = child_environment(**chosen, PYTHONUNBUFFERED="1")
@@ -337,13 +350,25 @@ class Stack:
             health_url=f"{cloud_url}/behaviour",
             token=known["local_cloud"],
         )
+        double = PythonPart(
+            "stripe-double",
+            ["-m", "crosslogic.dev.stripe_double"],
+            environment,
+            sys.executable,
+            health_url=f"http://127.0.0.1:{ports.stripe}/control/clock",
+            token=known["stripe"],
+        )
         embedded: dict[str, Part] = {
             "CROSSLOGIC_DATABASE_URL": postgres,
             "CROSSLOGIC_REDIS_URL": valkey,
             "CROSSLOGIC_TEMPORAL_ADDRESS": temporal,
         }
         # A server that is given by its address is somebody else's to run.
-        return environment, [*(part for name, part in embedded.items() if name not in given), cloud]
+        return environment, [
+            *(part for name, part in embedded.items() if name not in given),
+            cloud,
+            *([double] if has_double else []),
+        ]
 
     def _processes(self, environment: dict[str, str]) -> list[Part]:
         uvicorn = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]

@@ -19,7 +19,7 @@ DEFAULT = ROOT / ".crosslogic"
 # Everything the stack, its parts and its users put at the top of the directory: `--fresh` deletes nothing else.
 _NAMES = frozenset(
     {
-        "logs", "postgres", "temporal", "valkey", "cloud", "usage-log",
+        "logs", "postgres", "temporal", "valkey", "cloud", "stripe", "usage-log",
         "secrets.json", "endpoints.json", "ports.json", "stack.json", "lock",
     }
 )  # fmt: skip

@@ -15,6 +15,7 @@ from crosslogic.domain import ids, keys
 from crosslogic.new_ids import new_id
 from tests.api.admin.server import TOKEN
 from tests.cli.conftest import ROOT, Run
+from tests.stripe_double import KEY, Double
 
 Ok = Callable[..., str]
 Read = Callable[..., Any]
@@ -220,11 +221,12 @@ class TestConnection:
         other = run("keys", "list", "--api", f"{stack}/elsewhere")
         assert other.returncode == 1
 
-    def test_setup_checks_the_stripe_key(self, run: Run, stripe_account: str) -> None:
-        done = run("setup", CROSSLOGIC_STRIPE_API_KEY="sk_test_good", CROSSLOGIC_STRIPE_URL=stripe_account)
+    def test_setup_checks_the_stripe_key_and_in_dev_mode_sets_billing_up(self, run: Run, double: Double) -> None:
+        done = run("setup", CROSSLOGIC_STRIPE_API_KEY=KEY, CROSSLOGIC_STRIPE_URL=double.url)
         assert done.returncode == 0, done.stderr
         assert "billing: Stripe account in test mode" in done.stdout
-        done = run("setup", CROSSLOGIC_STRIPE_API_KEY="sk_test_wrong", CROSSLOGIC_STRIPE_URL=stripe_account)
+        assert "things at Stripe" in done.stdout
+        done = run("setup", CROSSLOGIC_STRIPE_API_KEY="sk_test_wrong", CROSSLOGIC_STRIPE_URL=double.url)
         assert done.returncode == 1
         assert "CROSSLOGIC_STRIPE_API_KEY" in done.stderr
         assert "sk_test_wrong" not in done.stderr + done.stdout

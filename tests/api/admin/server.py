@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api import admin, error_handlers
+from api.admin import stripe_webhooks
 from api.admin.context import AdminContext
 from crosslogic.clients import temporal
 from crosslogic.settings import Settings
@@ -36,6 +37,7 @@ def serving(settings: Settings) -> Generator[str]:
     app = FastAPI(lifespan=lifespan)
     error_handlers.install(app)
     app.include_router(admin.router)
+    app.include_router(stripe_webhooks.router)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level=logging.INFO))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

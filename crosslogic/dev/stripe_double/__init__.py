@@ -1,0 +1,1 @@
+"""A stateful double of Stripe: what billing needs of its API, as documented, with faults to order."""
