@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from temporalio.worker import Interceptor, Worker
 
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
+from activities.ledger import LedgerActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
 from activities.probes import ProbeActivities
@@ -34,19 +35,25 @@ from crosslogic.hot import connection as hot
 from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
+from crosslogic.store.buckets import BucketStore
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.ledger import LedgerStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.prices import PriceStore
+from crosslogic.store.usage import UsageStore
+from crosslogic.store.usage_logs import UsageLogStore
 from crosslogic.telemetry import configure_logging
 from workflows.deployment_scaling import DeploymentScaling
 from workflows.fleet_health import FleetHealth
 from workflows.node_lifecycle import NodeLifecycle
 from workflows.node_provisioning import NodeProvisioning
+from workflows.usage_sealing import UsageSealing
 
 log = logging.getLogger("crosslogic.worker")
 
 T = TypeVar("T")
 
-WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling)
+WORKFLOWS: Sequence[type[Any]] = (NodeProvisioning, NodeLifecycle, FleetHealth, DeploymentScaling, UsageSealing)
 
 # After SIGTERM: activities finish or are given back, then the process ends, whatever hangs.
 GRACEFUL_SHUTDOWN = timedelta(seconds=2)
@@ -92,7 +99,16 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         cloud_interval_s=settings.cloud_interval_s,
     )
     deployments = DeploymentActivities(nodes, catalog, writer)
-    held = (writer, machines, probes, deployments)
+    ledger = LedgerActivities(
+        UsageStore(pool),
+        UsageLogStore(pool),
+        BucketStore(pool),
+        PriceStore(pool),
+        LedgerStore(pool),
+        longest_request_s=settings.total_timeout_s,
+        now=_now,
+    )
+    held = (writer, machines, probes, deployments, ledger)
     return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
 
 
@@ -190,6 +206,7 @@ async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_
     entities = Entities(client, task_queue)
     while True:
         try:
+            await entities.keep_schedules()
             await keep_entities_once(entities, fleet)
         except Exception as error:
             # A server is away, or one of them speaks nonsense: the next round tries again either way.
@@ -197,6 +214,10 @@ async def keep_entities(client: Client, task_queue: str, fleet: Fleet, interval_
             await asyncio.sleep(min(interval_s, 2.0))
         else:
             await asyncio.sleep(interval_s)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 async def _connect_database(settings: Settings) -> asyncpg.Pool:

@@ -9,12 +9,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from temporalio.client import Client, WorkflowExecutionStatus
+from temporalio.client import (
+    Client,
+    Schedule,
+    ScheduleActionStartWorkflow,
+    ScheduleAlreadyRunningError,
+    ScheduleIntervalSpec,
+    ScheduleSpec,
+    WorkflowExecutionStatus,
+)
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError, RPCStatusCode
 
 from crosslogic.contracts import names
 from crosslogic.contracts.deployment import DeploymentScalingInput
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeSpec
 from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.node import ON_THE_WAY, Node, NodeState
@@ -25,6 +34,7 @@ log = logging.getLogger(__name__)
 # admitted node's before its lifecycle is. What is older has lost its workflow.
 GRACE_S = 60.0
 RPC_TIMEOUT = timedelta(seconds=5)
+SEALING_INTERVAL = timedelta(minutes=1)
 
 
 @dataclass
@@ -59,6 +69,25 @@ class Entities:
                 names.deployment_workflow_id(deployment),
                 f"Keeping the replicas of {deployment}",
             )
+
+    async def keep_schedules(self) -> None:
+        """See to it that usage is sealed every minute, one run at a time. Raises Unavailable."""
+        action = ScheduleActionStartWorkflow(
+            names.USAGE_SEALING,
+            UsageSealingInput(),
+            id=names.USAGE_SEALING_SCHEDULE,
+            task_queue=self._task_queue,
+            static_summary="Sealing and rating the hours that are over",
+        )
+        every = ScheduleSpec(intervals=[ScheduleIntervalSpec(every=SEALING_INTERVAL)])
+        try:
+            await self._client.create_schedule(
+                names.USAGE_SEALING_SCHEDULE, Schedule(action=action, spec=every), rpc_timeout=RPC_TIMEOUT
+            )
+        except ScheduleAlreadyRunningError:
+            pass
+        except RPCError as error:
+            raise Unavailable(f"Temporal does not answer ({error.message}).") from error
 
     async def keep_nodes(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from crosslogic.contracts import names
 from crosslogic.contracts.deployment import DeploymentScalingInput
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeProvisioningInput
 from crosslogic.contracts.strict import WrongShape, read
 
@@ -47,6 +48,7 @@ WORKFLOW_INPUTS: dict[str, WorkflowInput] = {
         ),
         WorkflowInput(names.FLEET_HEALTH, FleetHealthInput, {"region": "in-mumbai"}),
         WorkflowInput(names.DEPLOYMENT_SCALING, DeploymentScalingInput, {"deployment": "llama-7b"}),
+        WorkflowInput(names.USAGE_SEALING, UsageSealingInput, {"orgs_at_once": 200}),
     )
 }
 INPUT_TYPES = {known.type: known for known in WORKFLOW_INPUTS.values()}

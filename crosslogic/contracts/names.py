@@ -8,6 +8,10 @@ NODE_PROVISIONING = "NodeProvisioning"
 NODE_LIFECYCLE = "NodeLifecycle"
 FLEET_HEALTH = "FleetHealth"
 DEPLOYMENT_SCALING = "DeploymentScaling"
+USAGE_SEALING = "UsageSealing"
+
+# Schedules.
+USAGE_SEALING_SCHEDULE = "usage-sealing"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"
