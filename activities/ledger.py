@@ -73,9 +73,7 @@ class LedgerActivities:
     @activity.defn
     async def prove_hours(self, span: HourSpan) -> None:
         """Sum the records of sealed hours again. Raises InvariantViolated unless they are what was sealed (B1)."""
-        differences = await self._buckets.compare(
-            datetime.fromisoformat(span.start), datetime.fromisoformat(span.end)
-        )
+        differences = await self._buckets.compare(datetime.fromisoformat(span.start), datetime.fromisoformat(span.end))
         if differences:
             raise InvariantViolated(
                 f"{len(differences)} sealed sums of [{span.start}, {span.end}) are not those of their records, first "
@@ -84,7 +82,7 @@ class LedgerActivities:
 
     @activity.defn
     async def rate_hours(self, orgs_at_once: int) -> Rated:
-        """Rate some orgs' oldest sealed hour that has no price, and post it. Raises Rejected where a price is missing."""
+        """Rate some orgs' oldest sealed hour that has no price, and post it. Raises Rejected for a missing price."""
         unrated = await self._ledger.unrated(orgs_at_once)
         if not unrated:
             await self._ledger.all_rated()

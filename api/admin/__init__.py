@@ -1,10 +1,10 @@
-"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, requests, audit and usage."""
+"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, requests, usage, billing and audit."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import audit, catalog, nodes, requests, reservations, tenancy, usage
+from api.admin import audit, billing, catalog, nodes, requests, reservations, tenancy, usage
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -25,4 +25,5 @@ router.include_router(reservations.router, tags=["reservations"])
 router.include_router(nodes.router, tags=["nodes"])
 router.include_router(usage.router, tags=["usage"])
 router.include_router(requests.router, tags=["usage"])
+router.include_router(billing.router, tags=["billing"])
 router.include_router(audit.router, tags=["audit"])

@@ -47,7 +47,7 @@ BATCH_RECORDS = 1000
 MOST_IN_MEMORY = 20_000
 PRUNE_INTERVAL_S = 3600.0
 REPORT_INTERVAL_S = 5.0
-# From a request's id to its intent: its body is read and its hold is placed in between, each with a deadline of its own.
+# From a request's id to its intent: its body is read and its hold is placed in between, each by its own deadline.
 LONGEST_ADMISSION_S = 120.0
 LONGEST_FRAME_BYTES = 1 << 20
 # What we write is far shorter; a longer "torn" frame is damage.
@@ -433,8 +433,8 @@ def lock_directory(directory: Path) -> int | None:
 async def recover(root: Path, own: str, ingest: Ingest, forget: Forget | None = None) -> int:
     """Ship the logs of processes that are gone; how many records that were. Raises what `ingest` raises.
 
-    `forget` is told the name of each that is in Postgres as a whole, before it is deleted. A log is deleted once all of it is in Postgres. Bytes that no frame can be read from are kept in `damaged/` when
-    they are more than the torn end of the last segment: nothing is lost silently.
+    `forget` is told the name of each that is in Postgres as a whole, before it is deleted. Bytes that no frame can be
+    read from are kept in `damaged/` when they are more than the torn end of the last segment: nothing is lost silently.
     """
     total = 0
     for directory in await asyncio.to_thread(_others, root, own):

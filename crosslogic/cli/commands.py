@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from crosslogic.cli import catalog, nodes, records, reservations, setup, tenancy
+from crosslogic.cli import billing, catalog, nodes, records, reservations, setup, tenancy, usage
 from crosslogic.cli.session import connection_defaults
 
 app = typer.Typer(
@@ -22,11 +22,12 @@ app.add_typer(tenancy.limits, name="limits", help="Limits of orgs, environments,
 app.add_typer(nodes.app, name="nodes", help="Nodes: what serves, and what is on its way.")
 app.add_typer(catalog.deployments, name="deployments", help="Deployments: how many replicas of a model, and where.")
 app.add_typer(catalog.deadlines, name="deadlines", help="Deadlines: how long a model's nodes are waited for.")
+app.add_typer(usage.app, name="usage", help="Usage: sums of requests and tokens; files of records.")
+app.add_typer(billing.app, name="billing", help="Billing: what months cost, prices, credits, the ledger.")
 app.add_typer(records.requests, name="requests", help="Requests: what one used, and why it went where it went.")
 app.add_typer(reservations.app, name="reservations", help="Reservations: capacity that an org has prepaid.")
 app.add_typer(records.audit, name="audit", help="The audit log.")
 catalog.register(app)
-records.register(app)
 setup.register(app)
 
 

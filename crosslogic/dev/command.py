@@ -29,6 +29,7 @@ HELP = """\
       nodes deployments models regions     what serves
       deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
       usage requests audit                 what was used, why it went there, and who changed what
+      billing                              what months cost and would cost, prices, credits, the ledger
       setup                                bring schema, search attributes and seeds up to date
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack

@@ -50,8 +50,8 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 def draw(total_microdollars: int, credits: Iterable[Credit], spent_before: Callable[[datetime], int]) -> list[Draw]:
     """What a month's usage takes from an org's credits: promotional before paid, the earliest expiry first.
 
-    The usage is paid as the cents that it is billed as. `spent_before` tells how many microdollars of it were used by an
-    instant, so that a credit which expires in mid-month pays no more than that.
+    The usage is paid as the cents that it is billed as. `spent_before` tells how many microdollars of it were used by
+    an instant, so that a credit which expires in mid-month pays no more than that.
     """
     drawn: list[Draw] = []
     left = half_up(total_microdollars, MICRODOLLARS_PER_CENT)

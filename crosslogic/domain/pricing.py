@@ -102,9 +102,7 @@ class PriceBook:
 
 def charged_e10(price_e10: int, multiplier_bp: int, discount_percent: int) -> int:
     """One token's price in a region and a tier, in 10⁻¹⁰ USD. Raises ValueError where that is no whole number."""
-    charged, rest = divmod(
-        price_e10 * multiplier_bp * (WHOLE_PERCENT - discount_percent), WHOLE_BP * WHOLE_PERCENT
-    )
+    charged, rest = divmod(price_e10 * multiplier_bp * (WHOLE_PERCENT - discount_percent), WHOLE_BP * WHOLE_PERCENT)
     if rest:
         raise ValueError(f"{price_e10} × {multiplier_bp} bp − {discount_percent} % is not exact")
     return charged

@@ -152,7 +152,7 @@ class RatedMonth:
 
 
 def rate_month(month: BillingMonth, buckets: Iterable[Bucket], tariff: Tariff) -> RatedMonth:
-    """Rate all of an org's buckets of a month, in whatever order they come. Raises Rejected where a price is missing."""
+    """Rate all of an org's buckets of a month, in whatever order they come. Raises Rejected for a missing price."""
     hours: list[RatedHour] = []
     standing = Standing()
     for hour, given in groupby(sorted(buckets, key=_order), key=lambda bucket: bucket.hour):
@@ -285,7 +285,7 @@ def half_up(amount: int, unit: int) -> int:
 
 
 def share(total: int, parts: Sequence[int], unit: int) -> list[int]:
-    """Split `total`, which is the sum of `parts` in whole `unit`s, rounded, by largest remainder; the first wins a tie."""
+    """Split `total`, the sum of `parts` in whole `unit`s, rounded, by largest remainder; the first wins a tie."""
     shares = [part // unit for part in parts]
     by_remainder = sorted(range(len(parts)), key=lambda place: (-(parts[place] % unit), place))
     for place in by_remainder[: total - sum(shares)]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import asyncpg
 
 from crosslogic.domain.months import BillingMonth
-from crosslogic.domain.pricing import TokenClass
 from crosslogic.domain.rating import Bucket
-from crosslogic.store.ledger import LedgerStore
+from crosslogic.store.ledger import LedgerStore, bucket_of
 from crosslogic.store.usage import lowest_id
 
 
@@ -143,7 +141,7 @@ class BucketStore:
             rows = await connection.fetch(self.MONTH, org_id, month.starts_at, month.ends_at)
             if with_open:
                 rows += await connection.fetch(self.OPEN_MONTH, org_id, month.starts_at, month.ends_at)
-        return [bucket_of(dict(row)) for row in rows]
+        return [bucket_of(row) for row in rows]
 
     async def compare(self, start_at: datetime, end_at: datetime) -> list[Difference]:
         """Where the records of sealed hours and their buckets disagree: nowhere, or something is broken (B1)."""
@@ -151,8 +149,3 @@ class BucketStore:
             self.COMPARE, start_at, end_at, lowest_id(start_at), lowest_id(end_at), timeout=300
         )
         return [Difference(**dict(row)) for row in rows]
-
-
-def bucket_of(row: dict[str, Any]) -> Bucket:
-    """A bucket from a row that has its columns."""
-    return Bucket(**(row | {"token_class": TokenClass(row["token_class"])}))

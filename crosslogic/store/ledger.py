@@ -188,10 +188,7 @@ class LedgerStore:
                 for row in await connection.fetch(self.UNRATED, hour, month.starts_at, most)
             }
             for row in await connection.fetch(self.BUCKETS_OF_HOUR, hour, list(found)):
-                given = dict(row)
-                found[given.pop("org_id")].buckets.append(
-                    Bucket(**(given | {"token_class": TokenClass(given["token_class"])}))
-                )
+                found[row["org_id"]].buckets.append(bucket_of(row))
         if not found:
             # The hour is rated to the last org.
             await self._pool.execute(self.SET_RATED, hour + HOUR)
@@ -226,6 +223,19 @@ class LedgerStore:
         """An org's accounts, or (None) our own; or those of everybody."""
         rows = await self._pool.fetch(self.BALANCES, of_all, org_id, limit)
         return [Balance(row["org_id"], row["name"], row["unit"], int(row["amount"])) for row in rows]
+
+
+def bucket_of(row: asyncpg.Record) -> Bucket:
+    """A bucket from a row that has its columns."""
+    return Bucket(
+        row["hour"],
+        row["model"],
+        row["region"],
+        TokenClass(row["token_class"]),
+        row["plan"],
+        row["tokens"],
+        row["reservation_id"],
+    )
 
 
 def _postings(org_id: UUID, rated: RatedHour) -> list[tuple[UUID | None, str, str, int]]:

@@ -109,13 +109,15 @@ class PriceStore:
                 self.INSERT_REGION, [(book.name, region, bp) for region, bp in book.multipliers_bp.items()]
             )
             shown = asdict(book) | {
-                "prices_e10": {f"{model}/{token_class}": price for (model, token_class), price in book.prices_e10.items()}
+                "prices_e10": {
+                    f"{model}/{token_class}": price for (model, token_class), price in book.prices_e10.items()
+                }
             }
             await AuditStore.append(connection, actor=actor, action="price_book.add", subject=book.name, details=shown)
         return True
 
     async def start_book(self, name: str, starts_at: datetime, now: datetime, *, actor: str) -> None:
-        """Let a book hold from a full hour to come on. Raises Rejected 404, 400, and 409 where another one begins then."""
+        """Let a book hold from a full hour to come on. Raises Rejected 404, 400, and 409 where another begins then."""
         check_change(starts_at, now, "starts_at")
         async with self._pool.acquire() as connection, connection.transaction():
             if name not in await self._books(connection):

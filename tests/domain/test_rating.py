@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from fractions import Fraction
 from typing import Any
 from uuid import UUID
@@ -39,8 +39,11 @@ def e10(usd_per_million: str) -> int:
     return int(Fraction(usd_per_million) * 10_000)
 
 
-PRICES = {(model, P): e10(usd) for model, usd in rerating.INPUT.items()}
-PRICES |= {(model, C): e10(usd) for model, usd in rerating.OUTPUT.items()}
+PRICES = {
+    (model, token_class): e10(usd)
+    for token_class, prices in ((P, rerating.INPUT), (C, rerating.OUTPUT))
+    for model, usd in prices.items()
+}
 BOOK = PriceBook(
     "v1",
     PRICES,
@@ -219,9 +222,7 @@ class TestRateMonth:
 class TestFlatFees:
     def reserve(self, number: int, units: int, first: int, end: int | None, region: str = "us-east") -> Reservation:
         ends_at = None if end is None else START + end * HOUR
-        return Reservation(
-            UUID(int=number), UUID(int=1), "llama-3-8b", region, units, START + first * HOUR, ends_at
-        )
+        return Reservation(UUID(int=number), UUID(int=1), "llama-3-8b", region, units, START + first * HOUR, ends_at)
 
     def test_a_whole_month_costs_a_dollar_a_unit_times_the_region(self) -> None:
         held = [self.reserve(1, 100, -5, None), self.reserve(2, 10, 0, NOVEMBER.hours, "in-mumbai")]

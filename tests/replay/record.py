@@ -24,6 +24,7 @@ import asyncpg
 import worker as fleet_worker
 from crosslogic.clients.entities import Entities
 from crosslogic.contracts import names
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
 from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.state import free_port
@@ -36,6 +37,7 @@ from crosslogic.new_ids import new_id
 from crosslogic.store.migrations import migrate
 from tests.conftest import make_settings, serving
 from tests.workflows.fleet import FAST, EngineServer, FleetUnderTest, making_fleet, running
+from tests.workflows.test_idempotency import used
 
 HISTORIES = Path(__file__).parent / "histories"
 
@@ -166,8 +168,18 @@ async def orphaned(fleet: FleetUnderTest) -> dict[str, str]:
     return {"lifecycle-orphaned": fleet.lifecycle(node).id}
 
 
+async def sealed(fleet: FleetUnderTest) -> dict[str, str]:
+    await used(fleet.pool)
+    handle: Any = await fleet.client.start_workflow(
+        names.USAGE_SEALING, UsageSealingInput(), id="sealing-recorded", task_queue=fleet.task_queue
+    )
+    await handle.result()
+    return {"sealing-rated": handle.id}
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, orphaned,
+    sealed,
 )  # fmt: skip
 
 
