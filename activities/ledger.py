@@ -71,14 +71,21 @@ class LedgerActivities:
         return Sealed(before.isoformat(), after.isoformat(), waits_for)
 
     @activity.defn
-    async def prove_hours(self, span: HourSpan) -> None:
-        """Sum the records of sealed hours again. Raises InvariantViolated unless they are what was sealed (B1)."""
-        differences = await self._buckets.compare(datetime.fromisoformat(span.start), datetime.fromisoformat(span.end))
-        if differences:
-            raise InvariantViolated(
-                f"{len(differences)} sealed sums of [{span.start}, {span.end}) are not those of their records, first "
-                f"{differences[0]}"
-            )
+    async def prove_hours(self) -> HourSpan:
+        """Sum the records of some sealed hours again; an empty span when all are proved.
+
+        Raises InvariantViolated unless they are what was sealed (B1), now and whenever it is run again.
+        """
+        start, end = await self._buckets.unproved()
+        if start < end:
+            differences = await self._buckets.compare(start, end)
+            if differences:
+                raise InvariantViolated(
+                    f"{len(differences)} sealed sums of [{start.isoformat()}, {end.isoformat()}) are not those of "
+                    f"their records, first {differences[0]}"
+                )
+            await self._buckets.set_proved(end)
+        return HourSpan(start.isoformat(), end.isoformat())
 
     @activity.defn
     async def rate_hours(self, orgs_at_once: int) -> Rated:

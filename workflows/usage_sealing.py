@@ -7,7 +7,7 @@ from datetime import datetime
 from temporalio import workflow
 
 from activities.ledger import LedgerActivities
-from crosslogic.contracts.ledger import HourSpan, UsageSealingInput
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.names import USAGE_SEALING
 from workflows.steps import QUICK, Story, check_cancelled, endless, is_history_long
 
@@ -51,14 +51,13 @@ class UsageSealing:
                 break
             hours += rated.count
             story.tell(f"{done}; {hours} hours of orgs rated, the latest of {_shown(rated.hour)}")
-        if sealed.start != sealed.end:
-            await workflow.execute_activity_method(
-                LedgerActivities.prove_hours,
-                HourSpan(sealed.start, sealed.end),
-                **endless(PROOF_S),
-                summary="Sum the records again",
+        while not is_history_long():
+            check_cancelled()
+            proved = await workflow.execute_activity_method(
+                LedgerActivities.prove_hours, **endless(PROOF_S), summary="Sum the records again"
             )
-            done += ", and proved"
+            if proved.start == proved.end:
+                break
         told = f"{done}; {hours} hours of orgs rated"
         story.tell(told)
         return told

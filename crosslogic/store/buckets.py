@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import asyncpg
@@ -13,12 +13,15 @@ from crosslogic.domain.rating import Bucket
 from crosslogic.store.ledger import LedgerStore, bucket_of
 from crosslogic.store.usage import lowest_id
 
+PROVED_AT_ONCE = timedelta(days=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Horizon:
-    """Hours before `sealed_until` are sealed, those before `rated_until` have their price."""
+    """Hours before these instants are sealed, were proved from their records, and have their price."""
 
     sealed_until: datetime
+    proved_until: datetime
     rated_until: datetime
 
 
@@ -37,8 +40,8 @@ class Difference:
 class BucketStore:
     """Sealed hours. What is sealed is never touched again."""
 
-    HORIZON = "SELECT sealed_until, rated_until FROM usage_horizon"
-    LOCK_HORIZON = "SELECT sealed_until, rated_until FROM usage_horizon FOR UPDATE"
+    HORIZON = "SELECT sealed_until, proved_until, rated_until FROM usage_horizon"
+    LOCK_HORIZON = "SELECT sealed_until, proved_until, rated_until FROM usage_horizon FOR UPDATE"
     OLDEST_OPEN = "SELECT min(billed_hour) FROM usage_hours WHERE billed_hour >= $1 AND billed_hour < $2"
     SEAL = """
         INSERT INTO usage_buckets (org_id, hour, model, region, token_class, plan, reservation_id, tokens)
@@ -102,6 +105,14 @@ class BucketStore:
         ORDER BY 1, 2, 3, 4
     """
 
+    UNPROVED = """
+        SELECT proved_until AS start_at,
+               least(sealed_until, (SELECT min(hour) FROM usage_buckets WHERE hour >= proved_until) + $1::interval)
+                   AS end_at
+        FROM usage_horizon
+    """
+    SET_PROVED = "UPDATE usage_horizon SET proved_until = $1 WHERE proved_until < $1"
+
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
@@ -128,7 +139,7 @@ class BucketStore:
             await connection.execute(self.SEAL, sealed, until)
             await LedgerStore.post_sealed(connection, sealed, until)
             await connection.execute(self.SET_SEALED, until)
-        return Horizon(until, horizon.rated_until)
+        return replace(horizon, sealed_until=until)
 
     async def oldest_open(self, until: datetime) -> datetime | None:
         """The oldest hour before `until` that has usage and is not sealed."""
@@ -142,6 +153,16 @@ class BucketStore:
             if with_open:
                 rows += await connection.fetch(self.OPEN_MONTH, org_id, month.starts_at, month.ends_at)
         return [bucket_of(row) for row in rows]
+
+    async def unproved(self) -> tuple[datetime, datetime]:
+        """The next hours that are sealed and not proved yet, about a day of them; an empty span when all are."""
+        row = await self._pool.fetchrow(self.UNPROVED, PROVED_AT_ONCE)
+        assert row is not None
+        return row["start_at"], row["end_at"]
+
+    async def set_proved(self, until: datetime) -> None:
+        """Note that every hour before was proved."""
+        await self._pool.execute(self.SET_PROVED, until)
 
     async def compare(self, start_at: datetime, end_at: datetime) -> list[Difference]:
         """Where the records of sealed hours and their buckets disagree: nowhere, or something is broken (B1)."""

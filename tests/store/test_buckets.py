@@ -12,7 +12,6 @@ import msgspec
 import pytest
 
 from activities.ledger import LedgerActivities
-from crosslogic.contracts.ledger import HourSpan
 from crosslogic.domain.errors import InvariantViolated
 from crosslogic.domain.ids import uuid7
 from crosslogic.domain.months import BillingMonth
@@ -194,13 +193,18 @@ class TestSeal:
         lost = record_at(START)
         await books.add(lost, record_at(START))
         await books.buckets.seal(START + HOUR)
-        span = HourSpan(START.isoformat(), (START + HOUR).isoformat())
-        await books.activities.prove_hours(span)
         async with books.pool.acquire() as connection, connection.transaction():
             await connection.execute("SET LOCAL session_replication_role = replica")
             await connection.execute("DELETE FROM usage_records WHERE id = $1", lost.id)
-        with pytest.raises(InvariantViolated, match="2 sealed sums"):
-            await books.activities.prove_hours(span)
+        for _ in range(2):
+            with pytest.raises(InvariantViolated, match="2 sealed sums"):
+                await books.activities.prove_hours()
+
+    async def test_each_hour_is_proved_once(self, books: Books) -> None:
+        await books.add(record_at(START), record_at(START + 40 * HOUR))
+        await books.buckets.seal(START + 50 * HOUR)
+        ends = [(await books.activities.prove_hours()).end for _ in range(4)]
+        assert ends == [(START + after * HOUR).isoformat() for after in (24, 50, 50, 50)]
 
     async def test_an_hour_has_the_plan_that_held_in_it(self, books: Books) -> None:
         org, _ = await TenancyStore(books.pool).create_org(new_id(), "acme", plan="enterprise", actor="test")

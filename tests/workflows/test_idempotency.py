@@ -99,9 +99,10 @@ class TestEveryActivityTwice:
             sealing = await fleet.client.start_workflow(
                 names.USAGE_SEALING, UsageSealingInput(), id=f"sealing-{node_id}", task_queue=fleet.task_queue
             )
-            assert "1 hours of orgs rated" in await sealing.result()
+            assert "sealed until" in await sealing.result()
             sums = "SELECT (SELECT sum(tokens) FROM usage_buckets), (SELECT count(*) FROM rated_hours)"
             assert tuple(await fleet.pool.fetchrow(sums) or ()) == (18, 1)
             assert await fleet.pool.fetchval("SELECT count(*) FROM ledger_transactions") == 2
+            assert await fleet.pool.fetchval("SELECT proved_until = sealed_until FROM usage_horizon")
         every = {method.__name__ for method in fleet.fleet.activities}
         assert set(twice.ran) == every, "an activity was not exercised"

@@ -16,11 +16,12 @@ CREATE FUNCTION full_hour(at TIMESTAMPTZ) RETURNS TIMESTAMPTZ LANGUAGE sql IMMUT
     SELECT date_bin('1 hour', at, 'epoch')
 $$;
 
--- One row: how far usage is sealed and rated. Every insert of records shares its lock, so that none overtakes a sealing.
+-- One row: how far usage is sealed, proved and rated. Every insert of records shares its lock, so that none overtakes a sealing.
 CREATE TABLE usage_horizon (
     is_only          BOOLEAN PRIMARY KEY DEFAULT TRUE CHECK (is_only),
     partitioned_from TIMESTAMPTZ NOT NULL,                       -- what is older is in one partition
     sealed_until     TIMESTAMPTZ NOT NULL DEFAULT 'epoch' CHECK (sealed_until = full_hour(sealed_until)),
+    proved_until     TIMESTAMPTZ NOT NULL DEFAULT 'epoch' CHECK (proved_until <= sealed_until),
     rated_until      TIMESTAMPTZ NOT NULL DEFAULT 'epoch' CHECK (rated_until <= sealed_until)
 );
 

@@ -1,4 +1,4 @@
-"""Billing through the admin API: usage in and out, months previewed to the token and the microdollar, prices, credits."""
+"""Billing through the admin API: usage in and out, months previewed exactly, prices, credits."""
 
 from __future__ import annotations
 
