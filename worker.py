@@ -24,11 +24,13 @@ from activities.deployments import DeploymentActivities
 from activities.ledger import LedgerActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
+from activities.notifications import NotificationActivities
 from activities.probes import ProbeActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.clients.notifier import Notifier
 from crosslogic.domain.errors import CrossLogicError, Rejected, Unavailable
 from crosslogic.domain.health import HealthPolicy
 from crosslogic.hot import connection as hot
@@ -39,6 +41,7 @@ from crosslogic.store.buckets import BucketStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.ledger import LedgerStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.notifications import NotificationStore
 from crosslogic.store.prices import PriceStore
 from crosslogic.store.usage import UsageStore
 from crosslogic.store.usage_logs import UsageLogStore
@@ -108,8 +111,15 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], b
         longest_request_s=settings.total_timeout_s,
         now=_now,
     )
-    held = (writer, machines, probes, deployments, ledger)
-    return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], engine.close)
+    notifier = Notifier(settings)
+    notifications = NotificationActivities(NotificationStore(pool), notifier, _now)
+    held = (writer, machines, probes, deployments, ledger, notifications)
+
+    async def close() -> None:
+        await engine.close()
+        await notifier.close()
+
+    return Fleet(nodes, catalog, [method for one in held for method in activities_of(one)], close)
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""One round, every minute: seal the hours that are over, rate them in order, and prove what was sealed."""
+"""One round, every minute: seal the hours that are over, rate and prove them, and tell who spends too much."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import datetime
 from temporalio import workflow
 
 from activities.ledger import LedgerActivities
+from activities.notifications import NotificationActivities
 from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.names import USAGE_SEALING
 from workflows.steps import QUICK, Story, check_cancelled, endless, is_history_long
@@ -14,6 +15,7 @@ from workflows.steps import QUICK, Story, check_cancelled, endless, is_history_l
 # Summing the records of an hour again reads all of them.
 PROOF_S = 300.0
 SEALING_S = 120.0
+SENDING_S = 600.0
 
 
 @workflow.defn(name=USAGE_SEALING)
@@ -58,7 +60,13 @@ class UsageSealing:
             )
             if proved.start == proved.end:
                 break
-        told = f"{done}; {hours} hours of orgs rated"
+        alerts = await workflow.execute_activity_method(
+            NotificationActivities.find_alerts, **QUICK, summary="Look for caps and norms that are exceeded"
+        )
+        await workflow.execute_activity_method(
+            NotificationActivities.send_notifications, **endless(SENDING_S), summary="Send what is due"
+        )
+        told = f"{done}; {hours} hours of orgs rated, {alerts} new alerts"
         story.tell(told)
         return told
 

@@ -137,18 +137,20 @@ class RatedMonth:
     @property
     def lines(self) -> tuple[Line, ...]:
         """The statement; its amounts share the total by largest remainder."""
-        sums: dict[tuple[str, str, TokenClass, int], list[int]] = {}
+        sums: dict[tuple[str, str, TokenClass, int], tuple[int, int, int, int]] = {}
         for rated in self.hours:
             for piece in rated.pieces:
                 key = (piece.model, piece.region, piece.token_class, piece.discount_percent)
-                found = sums.setdefault(key, [0, 0, 0, 0])
-                found[0] += piece.tokens
-                found[1] += piece.tokens if piece.is_free else 0
-                found[2] += piece.list_e10
-                found[3] += piece.exact_e10
-        keys = sorted(sums)
-        shares = share(self.microdollars, [sums[key][3] for key in keys], E10_PER_MICRODOLLAR)
-        return tuple(Line(*key, *sums[key], shared) for key, shared in zip(keys, shares, strict=True))
+                tokens, free, list_e10, exact_e10 = sums.get(key, (0, 0, 0, 0))
+                sums[key] = (
+                    tokens + piece.tokens,
+                    free + piece.tokens * piece.is_free,
+                    list_e10 + piece.list_e10,
+                    exact_e10 + piece.exact_e10,
+                )
+        ordered = sorted(sums.items())
+        shares = share(self.microdollars, [exact_e10 for _, (*_, exact_e10) in ordered], E10_PER_MICRODOLLAR)
+        return tuple(Line(*key, *sums, shared) for (key, sums), shared in zip(ordered, shares, strict=True))
 
 
 def rate_month(month: BillingMonth, buckets: Iterable[Bucket], tariff: Tariff) -> RatedMonth:
