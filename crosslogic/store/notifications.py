@@ -54,10 +54,10 @@ class NotificationStore:
     SPENDING = """
         WITH spent AS (
             SELECT org_id, hour, microdollars FROM rated_hours
-            WHERE hour >= least($1, $2 - interval '14 days') AND hour < (SELECT rated_until FROM usage_horizon)
+            WHERE hour >= least($1::timestamptz, $2::timestamptz - interval '14 days') AND hour < (SELECT rated_until FROM usage_horizon)
             UNION ALL
             SELECT org_id, billed_hour, list_price_microdollars FROM usage_hours
-            WHERE billed_hour >= greatest(least($1, $2 - interval '14 days'), (SELECT rated_until FROM usage_horizon))
+            WHERE billed_hour >= greatest(least($1::timestamptz, $2::timestamptz - interval '14 days'), (SELECT rated_until FROM usage_horizon))
               AND reservation_id IS NULL
         ), days AS (
             SELECT org_id, date_bin('1 day', hour, 'epoch') AS day, sum(microdollars)::bigint AS amount,
