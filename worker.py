@@ -25,17 +25,22 @@ from activities.authority import AuthorityActivities
 from activities.cloud import Cloud, CloudActivities
 from activities.deployments import DeploymentActivities
 from activities.interruptions import InterruptionActivities
+from activities.ledger import LedgerActivities
 from activities.manners import Manners
 from activities.nodes import NodeActivities, spec_of
+from activities.notifications import NotificationActivities
 from activities.probes import ProbeActivities
 from activities.rollouts import RolloutActivities
+from activities.sweeps import SweepActivities
 from crosslogic.clients import temporal
 from crosslogic.clients.engine import EngineClient
 from crosslogic.clients.entities import Entities, Kept
 from crosslogic.clients.local_cloud import LocalCloud
+from crosslogic.clients.notifier import Notifier
 from crosslogic.clients.skypilot import SkyPilot
 from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.sweep import FleetSweepInput
 from crosslogic.domain.autoscaling import ScalingRules
 from crosslogic.domain.certificates import join_token
@@ -49,13 +54,20 @@ from crosslogic.hot.routes import RouteBoard
 from crosslogic.settings import Settings, settings
 from crosslogic.store import database
 from crosslogic.store.agents import AgentStore
+from crosslogic.store.buckets import BucketStore
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.lead_times import LeadTimeStore
+from crosslogic.store.ledger import LedgerStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.notifications import NotificationStore
 from crosslogic.store.placement import PlacementStore
 from crosslogic.store.preemptions import PreemptionStore
+from crosslogic.store.prices import PriceStore
 from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.scaling import ScalingStore
+from crosslogic.store.sweeps import SweepStore
+from crosslogic.store.usage import UsageStore
+from crosslogic.store.usage_logs import UsageLogStore
 from crosslogic.telemetry import configure_logging
 from crosslogic.trust import Trust
 from workflows.certificate_rotation import CertificateRotation
@@ -65,6 +77,7 @@ from workflows.fleet_health import FleetHealth
 from workflows.fleet_sweep import FleetSweep
 from workflows.node_lifecycle import NodeLifecycle
 from workflows.node_provisioning import NodeProvisioning
+from workflows.usage_sealing import UsageSealing
 
 log = logging.getLogger("crosslogic.worker")
 
@@ -78,6 +91,7 @@ WORKFLOWS: Sequence[type[Any]] = (
     DeploymentRollout,
     CertificateRotation,
     FleetSweep,
+    UsageSealing,
 )
 
 SCHEDULES = (
@@ -94,6 +108,13 @@ SCHEDULES = (
         FleetSweepInput(),
         timedelta(minutes=2),
         "Every machine in the clouds is one that we intended: the sweep proves it, and ends what is not.",
+    ),
+    temporal.Standing(
+        "usage-sealing",
+        names.USAGE_SEALING,
+        UsageSealingInput(),
+        timedelta(minutes=1),
+        "Hours whose requests have all ended are sealed, rated and posted.",
     ),
 )
 
@@ -126,7 +147,7 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
     """Put activities together from their clients."""
     secret = settings.node_secret.get_secret_value() if settings.node_secret else ""
     agents = AgentStore(pool)
-    trust = Trust(agents, secret, "worker.crosslogic.internal", lambda: datetime.now(UTC))
+    trust = Trust(agents, secret, "worker.crosslogic.internal", _now)
     engine = EngineClient(secret, settings.probe_timeout_s, trust=trust, guard=settings.refuse_address)
     lead_times = LeadTimeStore(pool)
     nodes, catalog = NodeStore(pool), CatalogStore(pool)
@@ -165,7 +186,6 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
         writer,
         decisions=ScalingStore(pool),
         lead_times=lead_times,
-        node_secret=secret,
         demand=demand,
         heartbeats=HeartbeatBoard(redis, settings.redis_prefix),
         rules=ScalingRules(full_load_s=settings.full_load_s),
@@ -173,9 +193,29 @@ def assemble(settings: Settings, pool: asyncpg.Pool, clouds: dict[str, Cloud], r
     authority = AuthorityActivities(trust, agents)
     interruptions = InterruptionActivities(PreemptionStore(pool))
     rollouts = RolloutActivities(RevisionStore(pool), nodes, catalog, board, engine)
-    held = (writer, machines, probes, deployments, authority, interruptions, rollouts)
+    sweeps = SweepActivities(clouds, nodes, SweepStore(pool), node_secret=secret)
+    ledger = LedgerActivities(
+        UsageStore(pool),
+        UsageLogStore(pool),
+        BucketStore(pool),
+        PriceStore(pool),
+        LedgerStore(pool),
+        longest_request_s=settings.total_timeout_s,
+        now=_now,
+    )
+    notifier = Notifier(settings)
+    notifications = NotificationActivities(NotificationStore(pool), notifier, _now)
+    held = (
+        *(writer, machines, probes, deployments, authority, interruptions, rollouts, sweeps),
+        *(ledger, notifications),
+    )
     activities = [method for one in held for method in activities_of(one)]
-    return Fleet(nodes, catalog, demand, activities, engine.close, trust)
+
+    async def close() -> None:
+        await engine.close()
+        await notifier.close()
+
+    return Fleet(nodes, catalog, demand, activities, close, trust)
 
 
 def activities_of(holder: object) -> list[Callable[..., Any]]:
@@ -329,6 +369,10 @@ async def keep_waking(client: Client, fleet: Fleet) -> None:
             is_anyone_woken = True
         # The node that was ordered takes longer than this.
         await asyncio.sleep(WOKEN_PAUSE_S if is_anyone_woken else WAKE_INTERVAL_S)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 async def _connect_database(settings: Settings) -> asyncpg.Pool:

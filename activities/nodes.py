@@ -90,7 +90,7 @@ class NodeActivities:
         if existing is not None:
             spec = _spec_of_existing(existing, order.workflow_id, catalog)
             asked = order.order
-            gpus = _gpus(asked, catalog.models[spec.model], spec.provider)
+            gpus = _gpus(asked, spec.serves, catalog.models[spec.model], spec.provider)
             return replace(spec, gpus=gpus, clouds=asked.clouds, zone=asked.zone, engine=asked.engine)
         return self._choose(order, catalog)
 

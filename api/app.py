@@ -67,6 +67,7 @@ from crosslogic.store.nodes import NodeStore
 from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
+from crosslogic.store.usage_logs import UsageLogStore
 from crosslogic.trust import Trust
 
 log = logging.getLogger("crosslogic.api")
@@ -140,7 +141,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
     relay = Relay(table, admission, usage_log, limits, observer, deadlines, settings.hold_timeout_s)
     tracer = Tracer(sender.send if sender else None, settings.trace_sample_share, settings.trace_asked_per_s)
     keys = KeyRing(TenancyStore(pool).find_principals, _now, is_demo_allowed=settings.is_dev)
-    usage = UsageStore(pool)
+    usage, logs = UsageStore(pool), UsageLogStore(pool)
     inference = Inference(
         keys=keys,
         limits=limits,
@@ -177,7 +178,8 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         pipeline.run(),
         usage_log.keep_synced(),
         shipper.run(),
-        metering.keep_recovering(settings.usage_log_dir, usage_log.directory.name, usage.add),
+        metering.keep_recovering(settings.usage_log_dir, usage_log.directory.name, usage.add, logs.forget),
+        metering.keep_reporting(usage_log, logs.report, _now),
         metering.keep_pruning(usage.prune_decisions, _now),
         feeds.keep_polling(),
         feeds.keep_listening(),
@@ -218,6 +220,9 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         with contextlib.suppress(Exception):
             while await within(2, shipper.ship_once()):
                 pass
+            if usage_log.is_empty:
+                # What was shipped keeps no hour open.
+                await within(1, logs.forget(usage_log.directory.name))
         with contextlib.suppress(OSError):
             usage_log.close()
         table.close()

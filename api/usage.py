@@ -9,6 +9,7 @@ from typing import Any
 from api.inference.auth import within
 from crosslogic.domain import ids
 from crosslogic.domain.errors import Rejected, Unavailable
+from crosslogic.domain.reservation import next_hour
 from crosslogic.domain.tenancy import Principal
 from crosslogic.store.usage import UsageStore
 
@@ -24,7 +25,8 @@ async def summarize(
     Raises Rejected for instants that cannot be read, Unavailable when Postgres does not answer.
     """
     start_at = _instant(options, "start") or now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    end_at = _instant(options, "end") or now + timedelta(seconds=1)
+    # The hour that is running is read as a whole: nothing in it is later than now.
+    end_at = _instant(options, "end") or next_hour(now)
     if not start_at < end_at <= start_at + LONGEST_SPAN:
         raise Rejected(
             f"end must be after start, by at most {LONGEST_SPAN.days} days.", code="invalid_range", param="end"

@@ -139,6 +139,16 @@ class Settings(BaseSettings):
         default="", description="Where Stripe reaches `/stripe/webhooks` of our API; empty: nowhere."
     )
 
+    notify_slack_url: SecretStr | None = Field(default=None, description="Slack's incoming webhook for alerts.")
+    notify_discord_url: SecretStr | None = Field(default=None, description="Discord's webhook for alerts.")
+    notify_webhook_url: SecretStr | None = Field(
+        default=None, description="Alerts are posted there as JSON: `key` (the same in a repetition), `title`, `text`."
+    )
+    notify_smtp_url: SecretStr | None = Field(
+        default=None, description="Mail server for alerts: `smtps://USER:PASSWORD@HOST:PORT`, `smtp+starttls://…`."
+    )
+    notify_email_to: str = Field(default="", description="Who gets alerts by e-mail.")
+
     probe_interval_s: float = Field(
         default=5.0, ge=0.2, le=300, description="Time between two polls of a node's engine."
     )

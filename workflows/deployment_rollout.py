@@ -326,7 +326,13 @@ class DeploymentRollout:
             node_id = NODE.show(workflow.uuid7())
             workflow_id = provisioning_workflow_id(node_id)
             order = ReplicaOrder(
-                input.deployment, self._model, action.region, node_id, workflow_id, action.revision, is_held=is_new
+                input.deployment,
+                self._model,
+                action.region,
+                node_id,
+                workflow_id,
+                revision=action.revision,
+                is_held=is_new,
             )
             try:
                 await workflow.execute_activity_method(

@@ -1,10 +1,10 @@
-"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, agents, requests, audit, usage."""
+"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, agents, requests, usage, billing and audit."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import agents, audit, catalog, nodes, requests, reservations, revisions, tenancy, usage
+from api.admin import agents, audit, billing, catalog, nodes, requests, reservations, revisions, tenancy, usage
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -27,4 +27,5 @@ router.include_router(agents.router, tags=["nodes"])
 router.include_router(nodes.router, tags=["nodes"])
 router.include_router(usage.router, tags=["usage"])
 router.include_router(requests.router, tags=["usage"])
+router.include_router(billing.router, tags=["billing"])
 router.include_router(audit.router, tags=["audit"])

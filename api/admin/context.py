@@ -16,16 +16,21 @@ from api.admin.temporal import Workflows
 from crosslogic.domain.errors import Rejected, Unavailable
 from crosslogic.settings import Settings
 from crosslogic.store.audit import AuditStore
+from crosslogic.store.buckets import BucketStore
 from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.credits import CreditStore
 from crosslogic.store.lead_times import LeadTimeStore
+from crosslogic.store.ledger import LedgerStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.preemptions import PreemptionStore
+from crosslogic.store.prices import PriceStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
 from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.scaling import ScalingStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
+from crosslogic.store.usage_logs import UsageLogStore
 
 if TYPE_CHECKING:
     from temporalio.client import Client
@@ -55,6 +60,11 @@ class AdminContext:
     revisions: RevisionStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
+    usage_logs: UsageLogStore = field(init=False)
+    buckets: BucketStore = field(init=False)
+    prices: PriceStore = field(init=False)
+    ledger: LedgerStore = field(init=False)
+    credits: CreditStore = field(init=False)
     workflows: Workflows = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +80,11 @@ class AdminContext:
             ("revisions", RevisionStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),
+            ("usage_logs", UsageLogStore(self.pool)),
+            ("buckets", BucketStore(self.pool)),
+            ("prices", PriceStore(self.pool)),
+            ("ledger", LedgerStore(self.pool)),
+            ("credits", CreditStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),
         ):
             object.__setattr__(self, name, made)

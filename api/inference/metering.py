@@ -27,7 +27,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -51,6 +51,9 @@ BATCH_RECORDS = 1000
 # Settled records that wait in memory for Postgres, about 15 MB; those beyond it are read from the file later.
 MOST_IN_MEMORY = 20_000
 PRUNE_INTERVAL_S = 3600.0
+REPORT_INTERVAL_S = 5.0
+# From a request's id to its intent: its body is read and its hold is placed in between, each by its own deadline.
+LONGEST_ADMISSION_S = 120.0
 LONGEST_FRAME_BYTES = 1 << 20
 # What we write is far shorter; a longer "torn" frame is damage.
 LONGEST_TORN_BYTES = 16 * 1024
@@ -69,6 +72,8 @@ _decode_progress = msgspec.json.Decoder(Progress).decode
 # Takes the JSON of usage records; idempotent by record id. Raises InvariantViolated when one of them can never be
 # stored; anything else passes.
 Ingest = Callable[[Sequence[bytes]], Awaitable[None]]
+# Takes the name of a log that is in Postgres as a whole.
+Forget = Callable[[str], Awaitable[object]]
 
 
 class _Settled(msgspec.Struct):
@@ -160,6 +165,23 @@ class UsageLog:
         if not self.unshipped:
             return 0.0
         return max(0.0, now - unix_ms_of(_decode_settled(self.unshipped[0]).id) / 1000)
+
+    def complete_until_ms(self, now: float) -> int | None:
+        """Of requests admitted before this Unix time in ms none runs, and each that ran is in Postgres.
+
+        None while records wait in the file only: nobody knows how old they are. `now` is Unix time, in seconds.
+        """
+        if self.spilled_at is not None or self._waiting:
+            return None
+        until = int((now - LONGEST_ADMISSION_S) * 1000)
+        open_since = min((id >> 80 for id in self.open_intents), default=until)
+        waiting_since = min((unix_ms_of(_decode_settled(payload).id) for payload in self.unshipped), default=until)
+        return min(until, open_since, waiting_since)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing runs and nothing waits: all that this log ever held is in Postgres."""
+        return not (self.unshipped or self.open_intents or self._waiting) and self.spilled_at is None
 
     def intend(self, intent: Intent) -> None:
         """Record an admitted request before it is forwarded. Raises Unavailable when the log cannot take it (A5)."""
@@ -448,11 +470,11 @@ def lock_directory(directory: Path) -> int | None:
     return descriptor
 
 
-async def recover(root: Path, own: str, ingest: Ingest) -> int:
+async def recover(root: Path, own: str, ingest: Ingest, forget: Forget | None = None) -> int:
     """Ship the logs of processes that are gone; how many records that were. Raises what `ingest` raises.
 
-    A log is deleted once all of it is in Postgres. Bytes that no frame can be read from are kept in `damaged/` when
-    they are more than the torn end of the last segment: nothing is lost silently.
+    `forget` is told the name of each that is in Postgres as a whole, before it is deleted. Bytes that no frame can be
+    read from are kept in `damaged/` when they are more than the torn end of the last segment: nothing is lost silently.
     """
     total = 0
     for directory in await asyncio.to_thread(_others, root, own):
@@ -466,18 +488,36 @@ async def recover(root: Path, own: str, ingest: Ingest) -> int:
                 settled = await asyncio.to_thread(leftovers.read, path, root / DAMAGED, is_last=path is segments[-1])
                 total += await _ingest_all(settled, ingest, root / DAMAGED)
             total += await _ingest_all(leftovers.interrupted(), ingest, root / DAMAGED)
+            if forget is not None:
+                await forget(directory.name)
             await asyncio.to_thread(shutil.rmtree, directory)
         finally:
             os.close(descriptor)
     return total
 
 
-async def keep_recovering(root: Path, own: str, ingest: Ingest, interval_s: float = 10.0) -> None:
+async def keep_reporting(
+    usage_log: UsageLog, report: Callable[[str, datetime], Awaitable[None]], now: Callable[[], datetime]
+) -> None:
+    """Run for the life of the process: say how far its log is in Postgres, which is what lets hours be sealed."""
+    while True:
+        try:
+            until_ms = usage_log.complete_until_ms(now().timestamp())
+            if until_ms is not None:
+                await report(usage_log.directory.name, datetime.fromtimestamp(until_ms / 1000, UTC))
+        except Exception as error:
+            log.warning("how far the usage log is in Postgres could not be told: %r", error)
+        await asyncio.sleep(REPORT_INTERVAL_S)
+
+
+async def keep_recovering(
+    root: Path, own: str, ingest: Ingest, forget: Forget | None = None, interval_s: float = 10.0
+) -> None:
     """Recover dead processes' logs now and for the life of this process: a sibling may die at any time."""
     pause_s = 0.5
     while True:
         try:
-            recovered = await recover(root, own, ingest)
+            recovered = await recover(root, own, ingest, forget)
             if recovered:
                 log.info("recovered %d usage records of processes that are gone", recovered)
             pause_s = interval_s

@@ -1,157 +1,147 @@
-"""`billing setup`: makes at Stripe what billing needs there. Like `setup`, it needs the settings only."""
+"""Billing: months as they stand, price books, credits and the ledger."""
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import TYPE_CHECKING, Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from crosslogic.clients.stripe import StripeAccount
-    from crosslogic.domain.catalog import Catalog
-    from crosslogic.settings import Settings
-    from crosslogic.store.stripe import StripeStore
+from crosslogic.cli import stripe_setup
+from crosslogic.cli.session import Session, command, fail
 
 app = typer.Typer(no_args_is_help=True)
+app.command("setup")(stripe_setup.setup)
 
-# What changes how an org stands; everything else of Stripe's events is nothing to us.
-EVENTS = (
-    *("invoice.created", "invoice.finalized", "invoice.paid", "invoice.payment_failed", "invoice.updated"),
-    *("invoice.voided", "invoice.marked_uncollectible", "invoice.deleted"),
-    *("customer.subscription.created", "customer.subscription.updated", "customer.subscription.deleted"),
-    *("charge.dispute.created", "charge.dispute.updated", "charge.dispute.closed"),
-)
-THIN_EVENTS = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found")
-DESTINATION = "CrossLogic meter errors"
+LINE_COLUMNS = ("model", "region", "token_class", "tier", "tokens", "free_tokens", "amount")
+BOOK_COLUMNS = ("name", "prices", "tiers", "free_tokens", "holds_from")
+CREDIT_COLUMNS = ("id", "kind", "cents", "granted_at", "expires_at")
+BALANCE_COLUMNS = ("org_id", "account", "unit", "amount")
 
-
-@app.callback()
-def billing() -> None:
-    """Billing: what Stripe must know."""
+OrgArgument = Annotated[str, typer.Argument(metavar="ORG", help="The org's name or id.")]
+MonthArgument = Annotated[str, typer.Argument(metavar="MONTH", help="Such as 2026-11.")]
+FromHour = Annotated[str | None, typer.Option("--at", help="A full hour (UTC). Left out: the next one.")]
 
 
-@app.command("setup")
-def setup(
-    renew_webhooks: Annotated[
-        bool, typer.Option(help="Make the endpoints anew, with new signing secrets, and delete the old ones.")
-    ] = False,
+@command(app, "preview")
+def preview(session: Session, org: OrgArgument, month: MonthArgument) -> None:
+    """Show what a month costs as it stands; nothing is written."""
+    _show(session, session.get(f"/billing/{org}/{month}"))
+
+
+@command(app, "what-if")
+def what_if(
+    session: Session,
+    org: OrgArgument,
+    month: MonthArgument,
+    price_book: Annotated[str, typer.Option(help="As if this book had held all month.")],
 ) -> None:
-    """Make the product, the meters, their prices and the webhook endpoints at Stripe, as far as they are missing.
+    """Show what a month would have cost by another price book; nothing is written."""
+    _show(session, session.get(f"/billing/{org}/{month}", price_book=price_book))
 
-    Where Stripe and Postgres are is taken from the CROSSLOGIC_… settings. Running it again changes nothing.
-    """
-    import asyncio
 
-    from crosslogic.domain.errors import CrossLogicError
-    from crosslogic.settings import settings
+@command(app, "price-books")
+def list_price_books(session: Session) -> None:
+    """List price books, and from when on each holds."""
+    books = session.get("/price-books")
+    if session.is_json:
+        session.show(books)
+        return
+    rows = [
+        {
+            "name": book["name"],
+            "prices": len(book["prices"]),
+            "tiers": [f"−{tier['discount_percent']} % above {tier['above_tokens']}" for tier in book["tiers"]],
+            "free_tokens": book["free_tokens"],
+            "holds_from": [start["starts_at"] for start in books["starts"] if start["price_book"] == book["name"]],
+        }
+        for book in books["data"]
+    ]
+    session.show_table(rows, BOOK_COLUMNS, "There is none. Run: setup")
 
-    code = 0
+
+@command(app, "add-price-book")
+def add_price_book(
+    session: Session,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON, as `billing price-books --json` shows a book.")],
+) -> None:
+    """Add a version of our prices; until it starts it answers what-if questions only."""
     try:
-        made = asyncio.run(run(settings(), renew_webhooks=renew_webhooks))
-        print("\n".join(f"made {line}" for line in made) or "everything is there")
-    except CrossLogicError as error:
-        print(f"Error: {error.message}", file=sys.stderr)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        book: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        fail(f"{file} cannot be read ({error}).")
+    made = session.send("POST", "/price-books", book)
+    session.say(made, f"Price book {made['name']} is there; start it with: billing start-price-book {made['name']}")
 
 
-async def run(settings: Settings, *, renew_webhooks: bool = False) -> list[str]:
-    """Make what is missing, and say what that was. Raises Rejected without a key, Unavailable without Stripe."""
-    from crosslogic.clients import stripe
-    from crosslogic.domain.errors import Rejected
-    from crosslogic.store import database
-    from crosslogic.store.catalog import CatalogStore
-    from crosslogic.store.stripe import StripeStore
-
-    if settings.stripe_api_key is None:
-        raise Rejected("Billing is off: set CROSSLOGIC_STRIPE_API_KEY to a secret key of your Stripe account.")
-    pool = await database.connect(settings)
-    try:
-        client = stripe.connect(settings.stripe_api_key.get_secret_value(), base_url=settings.stripe_url or None)
-        account, store = stripe.StripeAccount(client), StripeStore(pool)
-        made = await set_up_prices(account, store, await CatalogStore(pool).load())
-        return made + await set_up_webhooks(account, store, settings, renew=renew_webhooks)
-    finally:
-        await pool.close()
+@command(app, "start-price-book")
+def start_price_book(
+    session: Session, name: Annotated[str, typer.Argument(metavar="NAME")], at: FromHour = None
+) -> None:
+    """Let a price book hold from a full hour on."""
+    made = session.send("POST", f"/price-books/{name}/start", {"starts_at": at})
+    session.say(made, f"Price book {name} holds from {made['starts_at']} on.")
 
 
-async def set_up_prices(account: StripeAccount, store: StripeStore, catalog: Catalog) -> list[str]:
-    """The product, the meter that bills and the meters of tokens, each with its price. What was made, in words.
-
-    Raises Rejected when Postgres knows the meters of another Stripe account.
-    """
-    from decimal import Decimal
-
-    from crosslogic.domain import meters
-    from crosslogic.domain.errors import Rejected
-
-    made: list[str] = []
-    products = await store.objects("product")
-    if meters.PRODUCT not in products:
-        await store.keep_object("product", meters.PRODUCT, await account.ensure_product(meters.PRODUCT, "Inference"))
-        made.append(f"product {meters.PRODUCT}")
-    known_meters, known_prices = await store.objects("meter"), await store.objects("price")
-    models = [(model.name, model.kind != "embedding") for model in catalog.models.values()]
-    evidence = meters.token_meters(models, catalog.regions.regions)
-    there, prices = await account.list_meters(), await account.list_prices(meters.PRODUCT)
-    for name in (meters.RATED, *evidence):
-        known = known_meters.get(name)
-        if known and there.get(name) != known.stripe_id:
-            raise Rejected(
-                f"Meter {name} is not the one that Postgres remembers: CROSSLOGIC_STRIPE_API_KEY belongs to another "
-                "Stripe account than before. Go back to that account, or start with a new database.",
-                status=409,
-                code="another_stripe_account",
-            )
-        if known and name in known_prices:
-            continue
-        meter = await account.ensure_meter(name, name.replace("_", " "), there)
-        await store.keep_object("meter", name, meter)
-        price = await account.ensure_price(
-            name,
-            product=meters.PRODUCT,
-            meter=meter,
-            unit_cents=meters.RATED_UNIT_CENTS if name == meters.RATED else Decimal(0),
-            known=prices,
-        )
-        await store.keep_object("price", name, price)
-        made.append(f"meter and price {name}")
-    return made
+@command(app, "credits")
+def list_credits(session: Session, org: OrgArgument) -> None:
+    """Show an org's wallet: what is left of each credit."""
+    wallet = session.get(f"/orgs/{org}/credits")
+    if session.is_json:
+        session.show(wallet)
+    else:
+        session.show_table(wallet["data"], CREDIT_COLUMNS, f"{org} has no credits.")
 
 
-async def set_up_webhooks(
-    account: StripeAccount, store: StripeStore, settings: Settings, *, renew: bool = False
-) -> list[str]:
-    """The endpoint for snapshots and the destination for thin events at CROSSLOGIC_STRIPE_WEBHOOK_URL; none if empty.
+@command(app, "grant-credit")
+def grant_credit(
+    session: Session,
+    org: OrgArgument,
+    cents: Annotated[int, typer.Argument(metavar="CENTS", min=1)],
+    reason: Annotated[str, typer.Option(help="What it is for; the same reason is granted once.")],
+    kind: Annotated[str, typer.Option(help="promotional or paid.")] = "promotional",
+    expires_at: Annotated[str | None, typer.Option(help="It pays usage of hours that end by then.")] = None,
+) -> None:
+    """Grant an org a credit."""
+    body = {"kind": kind, "cents": cents, "reason": reason, "expires_at": expires_at}
+    wallet = session.send("POST", f"/orgs/{org}/credits", body)
+    session.say(wallet, f"{org} has {_usd(wallet['cents'] * 10_000)} of credits.")
 
-    Their signing secrets are told once, so an endpoint of which we have no secret is deleted and made anew.
-    """
-    from crosslogic.sealing import STRIPE_WEBHOOKS, seal
 
-    url = settings.stripe_webhook_url
-    if not url or settings.node_secret is None:
-        return []
-    made: list[str] = []
-    for kind in ("webhook", "destination"):
-        is_webhook = kind == "webhook"
-        known = (await store.objects(kind)).get(url)
-        there = await account.find_webhook(url) if is_webhook else await account.find_destination(DESTINATION)
-        if known and known.stripe_id == there and not renew:
-            continue
-        if there:
-            await account.delete_endpoint(there)
-        # After each deletion a key of its own: the last one would repeat what is deleted.
-        key = f"{kind}/{url}/{there or (known.stripe_id if known else 'first')}"
-        endpoint = (
-            await account.create_webhook(url, EVENTS, key=key)
-            if is_webhook
-            else await account.create_destination(DESTINATION, url, THIN_EVENTS, key=key)
-        )
-        sealed = seal(settings.node_secret.get_secret_value(), STRIPE_WEBHOOKS, endpoint.secret)
-        await store.keep_object(kind, url, endpoint.id, sealed)
-        made.append(f"{'webhook endpoint' if is_webhook else 'event destination'} {url}")
-    return made
+@command(app, "ledger")
+def show_ledger(
+    session: Session,
+    org: Annotated[str | None, typer.Option(help="This org's accounts. Left out: our own.")] = None,
+) -> None:
+    """Show the ledger's balances, and how far usage is sealed and rated."""
+    ledger = session.get("/ledger", org=org)
+    if session.is_json:
+        session.show(ledger)
+        return
+    session.show_table(ledger["data"], BALANCE_COLUMNS, "There are no accounts.")
+    print(f"Sealed until {ledger['sealed_until']}, rated until {ledger['rated_until']}.")
+
+
+def _show(session: Session, statement: dict[str, Any]) -> None:
+    if session.is_json:
+        session.show(statement)
+        return
+    rows = [
+        {**line, "tier": f"−{line['discount_percent']} %", "amount": _usd(line["microdollars"])}
+        for line in statement["lines"]
+    ]
+    session.show_table(rows, LINE_COLUMNS, "Nothing was used.")
+    for fee in statement["fees"]:
+        units = f"{fee['capacity_units']} CU of {fee['model']} in {fee['region']}"
+        print(f"Reservation {fee['reservation_id']}, {units}, {fee['hours']} h: {_usd(fee['microdollars'])}")
+    state = "final" if statement["is_final"] else "as it stands"
+    print(f"Usage {_usd(statement['usage_microdollars'])}, fees {_usd(statement['fee_microdollars'])}", end="")
+    print(
+        f", credits {_usd(statement['credit_cents'] * 10_000)}: {_usd(statement['due_cents'] * 10_000)} due ({state})"
+    )
+
+
+def _usd(microdollars: int) -> str:
+    sign = "−" if microdollars < 0 else ""
+    return f"{sign}${abs(microdollars) // 1_000_000}.{abs(microdollars) % 1_000_000:06d}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from crosslogic.cli import billing, catalog, nodes, records, reservations, rollouts, setup, tenancy
+from crosslogic.cli import billing, catalog, nodes, records, reservations, rollouts, setup, tenancy, usage
 from crosslogic.cli.session import connection_defaults
 
 app = typer.Typer(
@@ -24,12 +24,13 @@ app.add_typer(catalog.deployments, name="deployments", help="Deployments: how ma
 app.add_typer(rollouts.revisions, name="revisions", help="Revisions: what a deployment's nodes run.")
 app.add_typer(rollouts.rollouts, name="rollouts", help="Roll-outs: one revision takes the place of another.")
 app.add_typer(catalog.deadlines, name="deadlines", help="Deadlines: how long a model's nodes are waited for.")
+app.add_typer(usage.app, name="usage", help="Usage: sums of requests and tokens; files of records.")
+app.add_typer(billing.app, name="billing", help="Billing: what months cost, prices, credits, the ledger.")
 app.add_typer(records.requests, name="requests", help="Requests: what one used, and why it went where it went.")
 app.add_typer(reservations.app, name="reservations", help="Reservations: capacity that an org has prepaid.")
 app.add_typer(billing.app, name="billing", help="Billing: what Stripe must know.")
 app.add_typer(records.audit, name="audit", help="The audit log.")
 catalog.register(app)
-records.register(app)
 setup.register(app)
 
 

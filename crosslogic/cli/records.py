@@ -1,4 +1,4 @@
-"""What was used and what was done: usage, single requests and the audit log."""
+"""What was done: single requests and the audit log."""
 
 from __future__ import annotations
 
@@ -7,37 +7,10 @@ from typing import Annotated
 import typer
 
 from crosslogic.cli.session import Session, command, fail
-from crosslogic.cli.tenancy import Most, OptionalOrg
+from crosslogic.cli.tenancy import Most
 
 audit = typer.Typer(no_args_is_help=True)
 requests = typer.Typer(no_args_is_help=True)
-
-SUMS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
-DIMENSIONS = ("day", "org", "environment", "model")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands that have no group."""
-    command(app, "usage")(show_usage)
-
-
-def show_usage(
-    session: Session,
-    by: Annotated[list[str] | None, typer.Option(help="org, environment, model or day; repeat it.")] = None,
-    org: OptionalOrg = None,
-    start: Annotated[
-        str | None, typer.Option(help="Such as 2026-11-01T00:00:00Z. Left out: this month's start.")
-    ] = None,
-    end: Annotated[str | None, typer.Option(help="Not included. Left out: now.")] = None,
-) -> None:
-    """Sum requests and tokens; by org, environment and model if nothing is said."""
-    asked = by or ["org", "environment", "model"]
-    usage = session.get("/usage", by=asked, org=org, start=start, end=end)
-    if session.is_json:
-        session.show(usage)
-    else:
-        columns = (*(name for name in DIMENSIONS if name in asked), *SUMS)
-        session.show_table(usage["data"], columns, f"Nothing was used from {usage['start']} to {usage['end']}.")
 
 
 @command(requests, "show")

@@ -55,35 +55,62 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
     """Register a function whose first parameter is a Session, adding the options that every command has."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        common = [
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for option, default, annotation in (
-                ("state", None, StateOption),
-                ("api", None, ApiOption),
-                ("token", None, TokenOption),
-                ("is_json", False, JsonOption),
-            )
-        ]
-
-        @functools.wraps(function)
-        def run(**values: Any) -> None:
-            given = {option.name: values.pop(option.name) for option in common}
-            if given["state"] is not None and given["api"] is None:
-                _defaults["api"] = None  # What was said last and nearest counts.
-            session = Session(**{option: value or _defaults.get(option) for option, value in given.items()})
-            try:
-                function(session, **values)
-            except BrokenPipeError:  # The reader (head, less) has seen enough.
-                sys.stderr.close()
-                raise SystemExit(0) from None
-
-        # Typer reads a command's options from its signature.
-        setattr(run, "__signature__", inspect.Signature([*own, *common]))  # noqa: B010
-        app.command(name)(run)
+        app.command(name)(_with_session(function))
         return function
 
     return register
+
+
+def default(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register such a function as what a group does when no command of it is named."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        run = _with_session(function)
+
+        @functools.wraps(function)
+        def unless_named(context: typer.Context, **values: Any) -> None:
+            if context.invoked_subcommand is None:
+                run(**values)
+            elif given := [name for name, value in values.items() if value]:
+                option = given[0].removeprefix("is_").replace("_", "-")
+                raise typer.BadParameter(f"write it after {context.invoked_subcommand}", param_hint=f"--{option}")
+
+        own = inspect.signature(run).parameters.values()
+        named = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        setattr(unless_named, "__signature__", inspect.Signature([named, *own]))  # noqa: B010
+        app.callback(invoke_without_command=True)(unless_named)
+        return function
+
+    return register
+
+
+def _with_session(function: Callable[..., None]) -> Callable[..., None]:
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    common = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for option, default, annotation in (
+            ("state", None, StateOption),
+            ("api", None, ApiOption),
+            ("token", None, TokenOption),
+            ("is_json", False, JsonOption),
+        )
+    ]
+
+    @functools.wraps(function)
+    def run(**values: Any) -> None:
+        given = {option.name: values.pop(option.name) for option in common}
+        if given["state"] is not None and given["api"] is None:
+            _defaults["api"] = None  # What was said last and nearest counts.
+        session = Session(**{option: value or _defaults.get(option) for option, value in given.items()})
+        try:
+            function(session, **values)
+        except BrokenPipeError:  # The reader (head, less) has seen enough.
+            sys.stderr.close()
+            raise SystemExit(0) from None
+
+    # Typer reads a command's options from its signature.
+    setattr(run, "__signature__", inspect.Signature([*own, *common]))  # noqa: B010
+    return run
 
 
 def fail(message: str) -> NoReturn:

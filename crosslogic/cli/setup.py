@@ -102,11 +102,11 @@ async def _run(settings: Settings, wait_s: float) -> None:
 
 async def _set_up_billing(settings: Settings) -> str:
     """What was made at Stripe, in one line; an outage of Stripe stops nothing."""
-    from crosslogic.cli import billing
+    from crosslogic.cli import stripe_setup
     from crosslogic.domain.errors import Unavailable
 
     try:
-        made = await billing.run(settings)
+        made = await stripe_setup.run(settings)
     except Unavailable as error:
         return error.message
     return f"made {len(made)} things at Stripe" if made else "all there"

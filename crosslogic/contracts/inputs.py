@@ -9,6 +9,7 @@ from typing import Any
 from crosslogic.contracts import names
 from crosslogic.contracts.authority import CertificateRotationInput
 from crosslogic.contracts.deployment import DeploymentScalingInput
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import FleetHealthInput, NodeLifecycleInput, NodeProvisioningInput
 from crosslogic.contracts.rollout import DeploymentRolloutInput
 from crosslogic.contracts.strict import WrongShape, read
@@ -53,6 +54,7 @@ WORKFLOW_INPUTS: dict[str, WorkflowInput] = {
         WorkflowInput(names.CERTIFICATE_ROTATION, CertificateRotationInput, {"new_authority": False}),
         WorkflowInput(names.DEPLOYMENT_ROLLOUT, DeploymentRolloutInput, {"deployment": "llama-7b", "revision": 2}),
         WorkflowInput(names.FLEET_SWEEP, FleetSweepInput, {"provider": "", "dry_run": True}),
+        WorkflowInput(names.USAGE_SEALING, UsageSealingInput, {"orgs_at_once": 200}),
     )
 }
 INPUT_TYPES = {known.type: known for known in WORKFLOW_INPUTS.values()}

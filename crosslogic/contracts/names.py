@@ -11,6 +11,7 @@ DEPLOYMENT_SCALING = "DeploymentScaling"
 CERTIFICATE_ROTATION = "CertificateRotation"
 DEPLOYMENT_ROLLOUT = "DeploymentRollout"
 FLEET_SWEEP = "FleetSweep"
+USAGE_SEALING = "UsageSealing"
 
 # Signals. Each is a nudge: the workflow re-reads the world.
 DRAIN = "drain"

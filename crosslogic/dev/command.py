@@ -31,6 +31,7 @@ HELP = """\
       revisions rollouts                   what a deployment runs, and how that is replaced
       deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
       usage requests audit                 what was used, why it went there, and who changed what
+      billing                              what months cost and would cost, prices, credits, the ledger
       setup                                bring schema, search attributes and seeds up to date
       billing                              make at Stripe what billing needs there
 

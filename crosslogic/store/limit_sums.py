@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from uuid import UUID
 
 import asyncpg
@@ -25,7 +26,8 @@ from crosslogic.domain.tenancy import GLOBAL_SUBJECT, LimitRow
 
 class LimitSums:
     """Reads the ledger as the limits see it: what was released (our failures) is not in it, what is paid flat by a
-    reservation counts as a request only. Ids carry the admission time, so that their index finds a window.
+    reservation counts as a request only. A minute is summed from records, whose ids carry the admission time, so that
+    their index finds it; days and months from sums by hour.
     """
 
     SELECT_LIMITS = """
@@ -49,24 +51,45 @@ class LimitSums:
         GROUP BY GROUPING SETS ((key_id, bucket), (environment_id, bucket), (org_id, bucket), (reservation_id, bucket),
                                 (bucket))
     """
+    # From the sums that are kept by hour, less the few records that do not count.
     SUM_HOURS = """
         SELECT key_id, environment_id, org_id, bucket, sum(tokens)::bigint AS tokens
         FROM (
             SELECT key_id, environment_id, org_id, prompt_tokens + completion_tokens AS tokens,
-                   floor(extract(epoch FROM admitted_at) * 1000 / $3::bigint)::bigint AS bucket
+                   floor(extract(epoch FROM hour) * 1000 / $3::bigint)::bigint AS bucket
+            FROM usage_hours
+            WHERE hour >= $1 AND reservation_id IS NULL
+            UNION ALL
+            SELECT key_id, environment_id, org_id, -(prompt_tokens + completion_tokens),
+                   floor(extract(epoch FROM admitted_at) * 1000 / $3::bigint)::bigint
             FROM usage_records
-            WHERE id >= $1 AND id < $4 AND reservation_id IS NULL AND outcome NOT IN ('failed', 'cut')
-              AND id <> ALL($2::uuid[])
+            WHERE (id >= $4 OR id = ANY($2::uuid[])) AND admitted_at >= $1 AND reservation_id IS NULL
+              AND outcome NOT IN ('failed', 'cut')
         ) counted
         GROUP BY GROUPING SETS ((key_id, bucket), (environment_id, bucket), (org_id, bucket), (bucket))
+        HAVING sum(tokens) > 0
     """
-    # list_price_microdollars is what the cap is held against: an estimate, here as in every hold.
+    # What was rated, and list_price_microdollars of the hours since: an estimate, here as in every hold.
     SUM_MONTH = """
-        SELECT org_id, sum(list_price_microdollars)::bigint AS spend
-        FROM usage_records
-        WHERE org_id = ANY($3::uuid[]) AND id >= $1 AND id < $4 AND reservation_id IS NULL
-          AND outcome NOT IN ('failed', 'cut') AND id <> ALL($2::uuid[])
+        SELECT org_id, sum(spend)::bigint AS spend
+        FROM (
+            SELECT org_id, microdollars AS spend
+            FROM rated_hours
+            WHERE org_id = ANY($3::uuid[]) AND hour >= $1 AND hour < (SELECT rated_until FROM usage_horizon)
+            UNION ALL
+            SELECT org_id, list_price_microdollars
+            FROM usage_hours
+            WHERE org_id = ANY($3) AND billed_hour >= greatest($1, (SELECT rated_until FROM usage_horizon))
+              AND reservation_id IS NULL
+            UNION ALL
+            SELECT org_id, -list_price_microdollars
+            FROM usage_records
+            WHERE (id >= $4 OR id = ANY($2::uuid[])) AND org_id = ANY($3) AND reservation_id IS NULL
+              AND admitted_at >= greatest($1, (SELECT rated_until FROM usage_horizon))
+              AND outcome NOT IN ('failed', 'cut')
+        ) spent
         GROUP BY org_id
+        HAVING sum(spend) > 0
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:
@@ -91,14 +114,14 @@ class LimitSums:
 
             since = _lowest_id(MINUTE.oldest(now_ms) * MINUTE.bucket_ms)
             minutes = await connection.fetch(self.SUM_MINUTES, since, left_out, MINUTE.bucket_ms, before)
-            since = _lowest_id(DAY.oldest(now_ms) * DAY.bucket_ms)
+            since = _instant(DAY.oldest(now_ms) * DAY.bucket_ms)
             hours = await connection.fetch(self.SUM_HOURS, since, left_out, DAY.bucket_ms, before)
             capped = [
                 subject_id
                 for (layer, subject_id), found in limits.items()
                 if layer == "org" and found.monthly_spend_microdollars is not None
             ]
-            months = await connection.fetch(self.SUM_MONTH, _lowest_id(month.starts_ms), left_out, capped, before)
+            months = await connection.fetch(self.SUM_MONTH, _instant(month.starts_ms), left_out, capped, before)
         sums: list[Sum] = []
         for row in minutes:
             if row["is_reservation"]:
@@ -126,6 +149,10 @@ def _subject(row: asyncpg.Record) -> tuple[str, UUID]:
         if row[f"{layer}_id"] is not None:
             return layer, row[f"{layer}_id"]
     return "global", GLOBAL_SUBJECT
+
+
+def _instant(at_ms: int) -> datetime:
+    return datetime.fromtimestamp(at_ms / 1000, UTC)
 
 
 def _lowest_id(at_ms: int) -> UUID:

@@ -9,6 +9,7 @@ import asyncpg
 
 from crosslogic.domain import ids
 from crosslogic.domain.errors import Rejected
+from crosslogic.domain.months import BillingMonth
 from crosslogic.domain.reservation import Reservation, check_change
 from crosslogic.store.audit import AuditStore
 
@@ -36,6 +37,10 @@ class ReservationStore:
         WHERE ($1::uuid IS NULL OR id > $1) AND ($2::uuid IS NULL OR org_id = $2)
           AND ($3 OR ends_at IS NULL OR ends_at > now())
         ORDER BY id LIMIT $4
+    """
+    OF_SPAN = """
+        SELECT id, org_id, model, region, capacity_units, starts_at, ends_at, overage FROM reservations
+        WHERE org_id = $1 AND starts_at < $3 AND (ends_at IS NULL OR ends_at > $2) ORDER BY id
     """
     SET_END = "UPDATE reservations SET ends_at = $2 WHERE id = $1"
 
@@ -100,6 +105,11 @@ class ReservationStore:
     ) -> list[Reservation]:
         """Reservations, oldest first."""
         return [_reservation(row) for row in await self._pool.fetch(self.LIST, after, org_id, with_ended, limit)]
+
+    async def of_month(self, org_id: UUID, month: BillingMonth) -> list[Reservation]:
+        """An org's reservations that hold at some time of a month."""
+        rows = await self._pool.fetch(self.OF_SPAN, org_id, month.starts_at, month.ends_at)
+        return [_reservation(row) for row in rows]
 
     async def end(self, reservation_id: UUID, ends_at: datetime, now: datetime, *, actor: str) -> Reservation:
         """Set when it ends: at a full hour to come; one that has not begun by then never does.

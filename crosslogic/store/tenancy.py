@@ -11,6 +11,7 @@ from uuid import UUID
 import asyncpg
 
 from crosslogic.domain import ids
+from crosslogic.domain.credits import SIGN_UP_CENTS, CreditKind
 from crosslogic.domain.errors import Rejected
 from crosslogic.domain.tenancy import (
     GLOBAL_SUBJECT,
@@ -41,6 +42,10 @@ class TenancyStore:
         WHERE k.secret_hash = ANY($1::bytea[])
     """
 
+    # One for each org, so that the org's id is the credit's.
+    INSERT_SIGN_UP_CREDIT = """
+        INSERT INTO credits (id, org_id, kind, reason_key, cents, granted_at) VALUES ($1, $1, $2, $2, $3, now())
+    """
     INSERT_ORG = """
         INSERT INTO orgs (id, name, plan, region_preferences, is_operator) VALUES ($1, $2, $3, $4, $5)
         ON CONFLICT (name) DO NOTHING
@@ -170,6 +175,7 @@ class TenancyStore:
             row = await connection.fetchrow(self.GET_ORG, None, name)
             assert row is not None
             if is_new:
+                await connection.execute(self.INSERT_SIGN_UP_CREDIT, org_id, CreditKind.SIGN_UP.value, SIGN_UP_CENTS)
                 await AuditStore.append(
                     connection,
                     actor=actor,

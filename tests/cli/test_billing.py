@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from crosslogic.bootstrap import ROOT
-from crosslogic.cli import billing
+from crosslogic.cli import stripe_setup
 from crosslogic.domain import meters
 from crosslogic.domain.errors import Rejected
 from crosslogic.sealing import seal, unseal
@@ -28,11 +28,11 @@ def settings_for(double: Double, database: str) -> Settings:
 class TestSetup:
     async def test_makes_everything_once(self, double: Double, database: str, pool: asyncpg.Pool) -> None:
         settings = settings_for(double, database)
-        made = await billing.run(settings)
+        made = await stripe_setup.run(settings)
         # Five models that complete and one that embeds, in four regions; the meter that bills; product and endpoints.
         assert len(made) == (5 * 2 + 1) * 4 + 1 + 1 + 2
         after = double.calls()[-1]["seq"]
-        assert await billing.run(settings) == []
+        assert await stripe_setup.run(settings) == []
         assert double.writes(after) == []
         prices = {price.lookup_key: price for price in double.client.v1.prices.list({"limit": 100}).auto_paging_iter()}
         assert len(prices) == (5 * 2 + 1) * 4 + 1
@@ -41,10 +41,10 @@ class TestSetup:
 
     async def test_goes_on_where_a_killed_one_stopped(self, double: Double, database: str, pool: asyncpg.Pool) -> None:
         settings = settings_for(double, database)
-        await billing.run(settings)
+        await stripe_setup.run(settings)
         await pool.execute("DELETE FROM stripe_objects WHERE kind <> 'meter' OR key LIKE '%prompt'")
         after = double.calls()[-1]["seq"]
-        await billing.run(settings)
+        await stripe_setup.run(settings)
         assert len(double.client.v1.billing.meters.list({"limit": 100}).data) == (5 * 2 + 1) * 4 + 1
         assert {path for path in double.writes(after) if "webhook" not in path and "destinations" not in path} == set()
         assert len(double.client.v1.webhook_endpoints.list().data) == 1
@@ -53,9 +53,9 @@ class TestSetup:
         self, double: Double, database: str, pool: asyncpg.Pool
     ) -> None:
         settings = settings_for(double, database)
-        await billing.run(settings)
+        await stripe_setup.run(settings)
         before = (await StripeStore(pool).objects("webhook"))[URL]
-        await billing.run(settings, renew_webhooks=True)
+        await stripe_setup.run(settings, renew_webhooks=True)
         after = (await StripeStore(pool).objects("webhook"))[URL]
         assert before.stripe_id != after.stripe_id
         assert [one.id for one in double.client.v1.webhook_endpoints.list().data] == [after.stripe_id]
@@ -63,7 +63,7 @@ class TestSetup:
         assert b"whsec" not in (after.sealed_secret or b"")
         double.start_over()
         with pytest.raises(Rejected, match="another Stripe account"):
-            await billing.run(settings)
+            await stripe_setup.run(settings)
 
     def test_the_command_says_what_to_do_without_a_key(self) -> None:
         done = subprocess.run(

@@ -203,7 +203,7 @@ def make_client(model: SkyPilotModel, *, control_url: str = "https://api.example
     async def agent_sha256() -> str:
         return "ab" * 32
 
-    async def join_token(node_id: str) -> str:
+    def join_token(node_id: str) -> str:
         return f"token-of-{node_id}"
 
     launch = LaunchSettings(control_url, EnginePlan("vllm"), {"vllm": "0.32.0"}, agent_sha256, join_token)
@@ -428,7 +428,7 @@ async def _never() -> str:
     raise AssertionError
 
 
-async def _never_for(_: str) -> str:
+def _never_for(_: str) -> str:
     raise AssertionError
 
 

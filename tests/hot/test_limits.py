@@ -750,9 +750,8 @@ class TestFlushed:
         """Usage records of requests that were admitted then."""
         for at_ms in admitted_ms:
             request_id = uuid7(at_ms, int.from_bytes(os.urandom(10), "big"))
-            record = replace(_RECORD, id=request_id, **changes)
+            record = replace(_RECORD, id=request_id, reservation_id=reservation_id, **changes)
             await UsageStore(pool).add([msgspec.json.encode(record)])
-            await pool.execute("UPDATE usage_records SET reservation_id = $2 WHERE id = $1", record.id, reservation_id)
 
     async def limit(self, pool: asyncpg.Pool) -> list[Limited]:
         """Limits at every layer, in the database and as a request has them."""

@@ -24,6 +24,7 @@ import asyncpg
 import worker as fleet_worker
 from crosslogic.clients.entities import Entities
 from crosslogic.contracts import names
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
 from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.state import free_port
@@ -39,6 +40,7 @@ from crosslogic.store.migrations import migrate
 from crosslogic.store.revisions import RevisionStore
 from tests.conftest import make_settings, serving
 from tests.workflows.fleet import FAST, EngineServer, FleetUnderTest, making_fleet, running
+from tests.workflows.test_idempotency import used
 
 HISTORIES = Path(__file__).parent / "histories"
 
@@ -230,9 +232,18 @@ async def rolled_out(fleet: FleetUnderTest) -> dict[str, str]:
     return found
 
 
+async def sealed(fleet: FleetUnderTest) -> dict[str, str]:
+    await used(fleet.pool)
+    handle: Any = await fleet.client.start_workflow(
+        names.USAGE_SEALING, UsageSealingInput(), id="sealing-recorded", task_queue=fleet.task_queue
+    )
+    await handle.result()
+    return {"sealing-rated": handle.id}
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, scaled, orphaned,
-    rotated, interrupted, rolled_out,
+    rotated, interrupted, rolled_out, sealed,
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def make_client(
     async def agent_sha256() -> str:
         return sha256 or plane.sha256
 
-    async def join_token(node_id: str) -> str:
+    def join_token(node_id: str) -> str:
         return f"token-of-{node_id}"
 
     launch = LaunchSettings(plane.url, EnginePlan("custom", command=ENGINE), {}, agent_sha256, join_token)

@@ -545,7 +545,7 @@ class Server:
             self._try_again(pending, failure)
 
     def beat(self, attempt: Attempt) -> bool:
-        """Take a heartbeat; False when the attempt should stop: its workflow wants that, or nobody wants it any more."""
+        """Take a heartbeat; False when the attempt should stop: its workflow wants that, or nobody wants it now."""
         if self.is_down:
             return True
         if not attempt.is_current:

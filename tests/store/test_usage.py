@@ -27,7 +27,8 @@ def _id_at(moment: datetime) -> UUID:
     return uuid7(int(moment.timestamp() * 1000), new_id().int & (1 << 80) - 1)
 
 
-def _record(**changes: object) -> UsageRecord:
+def a_record(**changes: object) -> UsageRecord:
+    """A record of a completed request: 11 prompt tokens and 7 of completion."""
     record = UsageRecord(
         id=new_id(),
         client_request_id="mine",
@@ -56,14 +57,14 @@ def _record(**changes: object) -> UsageRecord:
 class TestAdd:
     async def test_says_when_a_record_can_never_be_taken(self, pool: asyncpg.Pool) -> None:
         store = UsageStore(pool)
-        good = _record(waste=(WASTE,), decision={"why": "least load"})
-        text = bytearray(_json(_record(client_request_id="mine")))
+        good = a_record(waste=(WASTE,), decision={"why": "least load"})
+        text = bytearray(_json(a_record(client_request_id="mine")))
         text[text.index(b"mine")] = 0xFF
         for bad in (
-            _json(_record(prompt_tokens=-1)),
-            _json(_record(latency_ms=1 << 40)),
-            _json(_record(endpoint_kind="song")),
-            _json(_record(waste=(replace(WASTE, completion_tokens=-1),))),
+            _json(a_record(prompt_tokens=-1)),
+            _json(a_record(latency_ms=1 << 40)),
+            _json(a_record(endpoint_kind="song")),
+            _json(a_record(waste=(replace(WASTE, completion_tokens=-1),))),
             _json(good)[:-1],
             bytes(text),
         ):
@@ -75,7 +76,7 @@ class TestAdd:
     @pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.CUT])
     async def test_a3_takes_no_charge_for_our_failures(self, pool: asyncpg.Pool, outcome: Outcome) -> None:
         store = UsageStore(pool)
-        free = _record(outcome=outcome, prompt_tokens=0, completion_tokens=0, list_price_microdollars=0)
+        free = a_record(outcome=outcome, prompt_tokens=0, completion_tokens=0, list_price_microdollars=0)
         await store.add([_json(free)])
         for name in ("prompt_tokens", "completion_tokens", "list_price_microdollars"):
             with pytest.raises(InvariantViolated, match="failures_are_free"):
@@ -83,8 +84,8 @@ class TestAdd:
 
     async def test_keeps_every_field_and_the_admission_time_of_the_id(self, pool: asyncpg.Pool) -> None:
         store = UsageStore(pool)
-        full = _record(reservation_id=new_id(), tries=3, continuations=2)
-        bare = _record(node_id=None, ttft_ms=None, served_region="", client_request_id="")
+        full = a_record(reservation_id=new_id(), tries=3, continuations=2)
+        bare = a_record(node_id=None, ttft_ms=None, served_region="", client_request_id="")
         await store.add([_json(full), _json(bare)])
         for record in (full, bare):
             row = await pool.fetchrow("SELECT * FROM usage_records WHERE id = $1", record.id)
@@ -97,16 +98,16 @@ class TestAdd:
 
     @pytest.mark.parametrize("source", TokenSource)
     async def test_takes_every_token_source(self, pool: asyncpg.Pool, source: TokenSource) -> None:
-        await UsageStore(pool).add([_json(_record(token_source=source))])
+        await UsageStore(pool).add([_json(a_record(token_source=source))])
         assert await pool.fetchval("SELECT token_source FROM usage_records") == source.value
 
     @pytest.mark.parametrize("reason", WasteReason)
     async def test_takes_every_reason_of_waste(self, pool: asyncpg.Pool, reason: WasteReason) -> None:
-        await UsageStore(pool).add([_json(_record(waste=(replace(WASTE, reason=reason),)))])
+        await UsageStore(pool).add([_json(a_record(waste=(replace(WASTE, reason=reason),)))])
         assert await pool.fetchval("SELECT reason FROM usage_waste") == reason.value
 
     async def test_a1_takes_a_record_that_knows_nothing_of_later_fields(self, pool: asyncpg.Pool) -> None:
-        document = msgspec.to_builtins(_record())
+        document = msgspec.to_builtins(a_record())
         for name in ("reservation_id", "tries", "continuations", "waste", "decision"):
             del document[name]
         await UsageStore(pool).add([msgspec.json.encode({**document, "token_source": "counted"})])
@@ -117,9 +118,9 @@ class TestAdd:
     async def test_a3_waste_and_decision_come_with_the_record_once(self, pool: asyncpg.Pool) -> None:
         store = UsageStore(pool)
         waste = (WASTE, replace(WASTE, reason=WasteReason.NOT_RELAYED, prompt_tokens=0, completion_tokens=4))
-        record = _record(waste=waste, decision={"tries": ["node_1", "node_2"], "limits": {"key": 0.5}})
+        record = a_record(waste=waste, decision={"tries": ["node_1", "node_2"], "limits": {"key": 0.5}})
         for _ in range(3):
-            await store.add([_json(record), _json(_record())])
+            await store.add([_json(record), _json(a_record())])
         rows = await pool.fetch("SELECT * FROM usage_waste ORDER BY attempt")
         assert [tuple(row) for row in rows] == [
             (record.id, number, w.node_id, w.region, record.model, w.reason.value, w.prompt_tokens, w.completion_tokens)
@@ -130,10 +131,10 @@ class TestAdd:
 
     async def test_b2_the_same_record_again_changes_nothing(self, pool: asyncpg.Pool) -> None:
         store = UsageStore(pool)
-        record = _record()
+        record = a_record()
         await store.add([_json(record), _json(record)])
         later = _json(replace(record, completion_tokens=99, waste=(WASTE,), decision={"is": "later"}))
-        await asyncio.gather(*(store.add([later, _json(_record())]) for _ in range(4)))
+        await asyncio.gather(*(store.add([later, _json(a_record())]) for _ in range(4)))
         rows = await pool.fetch("SELECT completion_tokens FROM usage_records WHERE id = $1", record.id)
         assert [row["completion_tokens"] for row in rows] == [7]
         assert await pool.fetchval("SELECT count(*) FROM usage_records") == 5
@@ -141,9 +142,9 @@ class TestAdd:
         assert await pool.fetchval("SELECT count(*) FROM request_decisions") == 0
 
     async def test_b2_of_two_records_in_one_batch_the_first_counts_with_its_waste(self, pool: asyncpg.Pool) -> None:
-        record = _record(waste=(WASTE,), decision={"is": "first"})
+        record = a_record(waste=(WASTE,), decision={"is": "first"})
         second = replace(record, completion_tokens=99, waste=(WASTE, WASTE), decision={"is": "second"})
-        others = [_json(_record()) for _ in range(20)]
+        others = [_json(a_record()) for _ in range(20)]
         await UsageStore(pool).add([*others, _json(record), _json(second), _json(second)])
         row = await pool.fetchrow(
             "SELECT completion_tokens, (SELECT count(*) FROM usage_waste), "
@@ -155,7 +156,7 @@ class TestAdd:
 
     async def test_takes_what_a_client_may_send_as_its_id(self, pool: asyncpg.Pool) -> None:
         texts = ["a\x00b", "é\x7f\x01", "'; --", "x" * 128, "\\u0000", '"}]', "\U0001f600"]
-        records = [_record(client_request_id=text, decision={"as \x00 sent": [text]}) for text in texts]
+        records = [a_record(client_request_id=text, decision={"as \x00 sent": [text]}) for text in texts]
         await UsageStore(pool).add([_json(record) for record in records])
         rows = await pool.fetch(
             "SELECT client_request_id, decision FROM usage_records JOIN request_decisions USING (id) ORDER BY id"
@@ -178,8 +179,8 @@ class TestPruneDecisions:
         store = UsageStore(pool)
         now = datetime(2026, 11, 20, 12, tzinfo=UTC)
         week = timedelta(days=7)
-        old = [_record(id=_id_at(now - week - timedelta(milliseconds=ms + 1)), decision={}) for ms in range(7)]
-        young = [_record(id=_id_at(now - week + timedelta(milliseconds=ms)), decision={}) for ms in range(2)]
+        old = [a_record(id=_id_at(now - week - timedelta(milliseconds=ms + 1)), decision={}) for ms in range(7)]
+        young = [a_record(id=_id_at(now - week + timedelta(milliseconds=ms)), decision={}) for ms in range(2)]
         await store.add([_json(record) for record in (*old, *young)])
         assert await store.prune_decisions(now) == 7
         assert await store.prune_decisions(now) == 0
@@ -195,11 +196,11 @@ class TestSumEnvironment:
 
         hour = timedelta(hours=1)
         records = [
-            _record(id=_id_at(noon)),
-            _record(id=_id_at(noon + hour / 2), model="gemma-7b"),
-            _record(id=_id_at(noon + hour)),
-            _record(id=_id_at(noon - timedelta(milliseconds=1))),
-            _record(id=_id_at(noon), environment_id=new_id()),
+            a_record(id=_id_at(noon)),
+            a_record(id=_id_at(noon + hour / 2), model="gemma-7b"),
+            a_record(id=_id_at(noon + hour)),
+            a_record(id=_id_at(noon - timedelta(milliseconds=1))),
+            a_record(id=_id_at(noon), environment_id=new_id()),
         ]
         await store.add([_json(record) for record in records])
         rows = await store.sum_environment(ENVIRONMENT, noon, noon + hour)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
+import asyncpg
+import msgspec
 import temporalio.worker
 
 import worker as fleet_worker
 from crosslogic.contracts import names
+from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
-from crosslogic.domain.ids import NODE
+from crosslogic.domain.ids import NODE, uuid7
 from crosslogic.domain.node import NodeState
 from crosslogic.new_ids import new_id
+from crosslogic.store.usage import UsageStore
+from tests.store.test_usage import a_record
 from tests.workflows.fleet import EngineServer, FleetUnderTest, running
 
 # Watches return news, not effects; a second one would wait for news that it has told already.
@@ -39,6 +45,13 @@ class Twice(temporalio.worker.Interceptor):
                 return await self.next.execute_activity(input)
 
         return Inbound(next)
+
+
+async def used(pool: asyncpg.Pool) -> None:
+    """One record of a past hour: 18 tokens."""
+    at = int((time.time() - 7200) * 1000)
+    record = a_record(id=uuid7(at, new_id().int & (1 << 80) - 1))
+    await UsageStore(pool).add([msgspec.json.encode(record)])
 
 
 class TestEveryActivityTwice:
@@ -87,5 +100,14 @@ class TestEveryActivityTwice:
             await fleet.lifecycle(taken).signal(names.SPOT_NOTICE, "aws: terminate")
             await fleet.lifecycle(taken).result()
             assert await fleet.pool.fetchval("SELECT count(*) FROM preemptions") == 1
+            await used(fleet.pool)
+            sealing = await fleet.client.start_workflow(
+                names.USAGE_SEALING, UsageSealingInput(), id=f"sealing-{node_id}", task_queue=fleet.task_queue
+            )
+            assert "sealed until" in await sealing.result()
+            sums = "SELECT (SELECT sum(tokens) FROM usage_buckets), (SELECT count(*) FROM rated_hours)"
+            assert tuple(await fleet.pool.fetchrow(sums) or ()) == (18, 1)
+            assert await fleet.pool.fetchval("SELECT count(*) FROM ledger_transactions") == 2
+            assert await fleet.pool.fetchval("SELECT proved_until = sealed_until FROM usage_horizon")
         every = {method.__name__ for method in fleet.fleet.activities}
         assert set(twice.ran) == every, "an activity was not exercised"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from crosslogic.cli.billing import set_up_webhooks
+from crosslogic.cli.stripe_setup import set_up_webhooks
 from crosslogic.clients.stripe import StripeAccount
 from crosslogic.dev.stripe_double.webhooks import sign
 from crosslogic.sealing import STRIPE_WEBHOOKS, unseal

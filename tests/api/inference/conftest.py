@@ -53,7 +53,10 @@ def shared_database(postgres: Postgres) -> str:
 async def database_url(shared_database: str) -> str:
     """A migrated database that holds nothing but the catalog."""
     connection = await asyncpg.connect(shared_database)
-    await connection.execute("TRUNCATE usage_records, nodes, limits, keys, environments, orgs, deployments CASCADE")
+    await connection.execute(
+        "TRUNCATE usage_records, usage_hours, late_usage, usage_logs, nodes, limits, keys, environments, orgs, "
+        "deployments CASCADE"
+    )
     await connection.close()
     return shared_database
 

@@ -15,6 +15,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +30,7 @@ from hypothesis import strategies as st
 from api.inference import metering
 from api.inference.metering import Shipper, UsageLog, frames, recover
 from crosslogic.domain.errors import InvariantViolated, Unavailable
+from crosslogic.domain.ids import uuid7
 from crosslogic.domain.usage import Intent, Outcome, Progress, TokenSource, UsageRecord, Waste, WasteReason
 from crosslogic.new_ids import new_id
 
@@ -744,3 +746,59 @@ class TestRecover:
         assert await recover(tmp_path, "b", ledger.add) == 31
         assert ledger.calls == segments
         assert ledger.records[crossing.id].outcome is Outcome.COMPLETED
+
+
+class TestCompleteUntil:
+    def test_is_held_back_by_what_runs_and_by_what_waits(self, tmp_path: Path) -> None:
+        log = UsageLog(tmp_path, "own")
+        now = time.time()
+        idle = int((now - metering.LONGEST_ADMISSION_S) * 1000)
+        assert log.complete_until_ms(now) == idle
+        # Settled in another order than admitted, as long streams are.
+        old, young = (
+            replace(_intent(), id=uuid7(idle - age_ms, new_id().int & (1 << 80) - 1)) for age_ms in (5_000, 1_000)
+        )
+        log.intend(old)
+        log.intend(young)
+        assert log.complete_until_ms(now) == idle - 5_000
+        log.settle(_record(young))
+        log.settle(_record(old))
+        assert log.complete_until_ms(now) == idle - 5_000
+        assert not log.is_empty
+        log.unshipped.clear()
+        assert log.complete_until_ms(now) == idle
+        assert log.is_empty
+        log.close()
+
+    def test_nobody_knows_while_records_wait_in_the_file_only(self, tmp_path: Path) -> None:
+        log = UsageLog(tmp_path, "own", most_in_memory=0)
+        intent = _intent()
+        log.intend(intent)
+        log.settle(_record(intent))
+        assert log.complete_until_ms(time.time()) is None
+        assert not log.is_empty
+        log.close()
+
+
+class TestForget:
+    async def test_a_dead_process_s_log_is_forgotten_once_all_of_it_is_taken(self, tmp_path: Path) -> None:
+        dead = UsageLog(tmp_path, "dead")
+        dead.intend(_intent())
+        dead.close()
+        done: list[str] = []
+
+        async def refuse(records: Sequence[bytes]) -> None:
+            raise ConnectionError
+
+        async def take(records: Sequence[bytes]) -> None:
+            done.append(f"{len(records)} record")
+
+        async def forget(name: str) -> None:
+            done.append(name)
+
+        with pytest.raises(ConnectionError):
+            await recover(tmp_path, "own", refuse, forget)
+        assert done == []
+        await recover(tmp_path, "own", take, forget)
+        assert done == ["1 record", "dead"]
+        assert not (tmp_path / "dead").exists()
