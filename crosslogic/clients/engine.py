@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 from typing import Any, cast
+from zlib import crc32
 
 import httpx
 
@@ -26,9 +27,11 @@ PROGRESS = frozenset({"llamacpp:n_decode_total", "llamacpp:tokens_predicted_tota
 # How an engine, or what stands before it, says that it has too much to do.
 BUSY_STATUSES = frozenset({408, 429})
 
-# One for each node of a fleet of a thousand, and some to spare, kept from one poll to the next: opening one costs more
-# than asking.
-MOST_CONNECTIONS = 1_500
+# A pool looks through all its connections for every request, so that one of a thousand takes ten times as long as these
+# small ones. Each node has its place in one of them.
+POOLS = 64
+# In each pool, kept from one poll to the next: opening a connection costs more than asking.
+MOST_CONNECTIONS = 40
 KEEPALIVE_S = 90.0
 
 _PROMPT = "Count from one to one hundred: one, two, three,"
@@ -65,18 +68,18 @@ class EngineClient:
     def __init__(self, node_secret: str, timeout_s: float, connections: int = MOST_CONNECTIONS) -> None:
         self._secret = node_secret
         self._timeout_s = timeout_s
-        self._http = httpx.AsyncClient(
-            timeout=timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-            limits=httpx.Limits(
-                max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
-            ),
+        limits = httpx.Limits(
+            max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
         )
+        tls = httpx.create_ssl_context(trust_env=False)
+        self._pools = [
+            httpx.AsyncClient(timeout=timeout_s, follow_redirects=False, trust_env=False, verify=tls, limits=limits)
+            for _ in range(POOLS)
+        ]
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await asyncio.gather(*(pool.aclose() for pool in self._pools))
 
     async def check_health(self, node_id: str, endpoint: str) -> None:
         """Return when the engine says that it is well: it has loaded its model and takes requests."""
@@ -137,11 +140,12 @@ class EngineClient:
         headers = {"authorization": f"Bearer {node_credential(self._secret, node_id)}"}
         total_s = timeout_s or self._timeout_s
         timeout = httpx.Timeout(total_s, connect=self._timeout_s)
+        pool = self._pools[crc32(node_id.encode()) % POOLS]
         try:
             # httpx limits the silence between two chunks; a node that sends a byte a second must end too.
             async with (
                 asyncio.timeout(total_s),
-                self._http.stream(method, url, json=body, headers=headers, timeout=timeout) as response,
+                pool.stream(method, url, json=body, headers=headers, timeout=timeout) as response,
             ):
                 content = bytearray()
                 async for chunk in response.aiter_bytes():
