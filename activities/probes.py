@@ -251,11 +251,10 @@ class ProbeActivities:
         probe interval.
         """
         loop = asyncio.get_running_loop()
-        memory = self._regions.get(watch.region)
-        if memory is None:
+        # Taken away while it is used: an attempt that was given up may still run here beside the one that follows it.
+        memory = self._regions.pop(watch.region, None)
+        if memory is None or memory.is_stale(loop.time()):
             memory = RegionMemory(self._policy, self._probe_interval_s, self._generation_interval_s)
-            self._regions[watch.region] = memory
-        memory.begin(loop.time())
         polls: set[asyncio.Task[None]] = set()
         try:
             return await self._watch(watch, memory, polls)
@@ -264,6 +263,7 @@ class ProbeActivities:
                 poll.cancel()
             await asyncio.gather(*polls, return_exceptions=True)
             memory.give_up()
+            self._regions[watch.region] = memory
 
     async def _watch(self, watch: RegionWatch, memory: RegionMemory, polls: set[asyncio.Task[None]]) -> RegionReport:
         loop = asyncio.get_running_loop()

@@ -31,7 +31,7 @@ BASELINE_SHARE = 0.1
 SLOW_IN_A_ROW = 3
 # What is bad enough to act on is told again after this, should the first telling have been lost.
 TELL_AGAIN_S = 30.0
-# A memory that was not used for so many poll intervals is another's by now: it is built up again.
+# A memory that was not used for so many poll intervals is of no use: another's watch may have been here meanwhile.
 STALE_INTERVALS = 4.0
 
 _WELL = Judgement(Verdict.HEALTHY, "the engine answers")
@@ -77,11 +77,9 @@ class RegionMemory:
         self._nodes: dict[str, NodeMemory] = {}
         self._used_at = float("-inf")
 
-    def begin(self, now: float) -> None:
-        """A watch begins, or goes on: what another worker may have seen meanwhile is not known here."""
-        if now - self._used_at > STALE_INTERVALS * self._poll_interval_s:
-            self._nodes.clear()
-        self._used_at = now
+    def is_stale(self, now: float) -> bool:
+        """Is it too long ago that a watch used it? What another worker may have seen since then is not known here."""
+        return now - self._used_at > STALE_INTERVALS * self._poll_interval_s
 
     def keep(self, nodes: Mapping[str, Node], now: float) -> None:
         """These nodes are there; the others are forgotten."""

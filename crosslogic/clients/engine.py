@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
+from zlib import crc32
 
 import httpx
 
@@ -30,9 +31,11 @@ PROGRESS = frozenset({"llamacpp:n_decode_total", "llamacpp:tokens_predicted_tota
 # How an engine, or what stands before it, says that it has too much to do.
 BUSY_STATUSES = frozenset({408, 429})
 
-# One for each node of a fleet of a thousand, and some to spare, kept from one poll to the next: opening one costs more
-# than asking.
-MOST_CONNECTIONS = 1_500
+# A pool looks through all its connections for every request, so that one of a thousand takes ten times as long as these
+# small ones. Each node has its place in one of them.
+POOLS = 64
+# In each pool, kept from one poll to the next: opening a connection costs more than asking.
+MOST_CONNECTIONS = 40
 KEEPALIVE_S = 90.0
 
 _PROMPT = "Count from one to one hundred: one, two, three,"
@@ -88,28 +91,26 @@ class EngineClient:
         self._trust = trust
         self._guard = guard
         self._connections = connections
-        self._http = self._make_http(True)
+        self._pools = self._make_pools(httpx.create_ssl_context(trust_env=False))
         # Nodes with an agent, whose certificates are ours. Made with the first of them.
-        self._agents_http: httpx.AsyncClient | None = None
+        self._agents: list[httpx.AsyncClient] = []
 
-    def _make_http(self, verify: ssl.SSLContext | bool) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            timeout=self._timeout_s,
-            follow_redirects=False,
-            trust_env=False,
-            verify=verify,
-            limits=httpx.Limits(
-                max_connections=self._connections,
-                max_keepalive_connections=self._connections,
-                keepalive_expiry=KEEPALIVE_S,
-            ),
+    def _make_pools(self, verify: ssl.SSLContext) -> list[httpx.AsyncClient]:
+        limits = httpx.Limits(
+            max_connections=self._connections,
+            max_keepalive_connections=self._connections,
+            keepalive_expiry=KEEPALIVE_S,
         )
+        return [
+            httpx.AsyncClient(
+                timeout=self._timeout_s, follow_redirects=False, trust_env=False, verify=verify, limits=limits
+            )
+            for _ in range(POOLS)
+        ]
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
-        if self._agents_http is not None:
-            await self._agents_http.aclose()
+        await asyncio.gather(*(pool.aclose() for pool in (*self._pools, *self._agents)))
 
     async def check_health(self, node_id: str, endpoint: str) -> None:
         """Return when the engine says that it is well: it has loaded its model and takes requests."""
@@ -221,13 +222,13 @@ class EngineClient:
 
         Raises OSError when the host has no address that may be a node's, and what the trust raises.
         """
-        http, extensions = self._http, dict[str, str]()
+        place = crc32(node_id.encode()) % POOLS
+        http, extensions = self._pools[place], dict[str, str]()
         if url.scheme == "https":
             tls = await self._trust.tls_of(node_id) if self._trust is not None else None
             if tls is not None:
-                if self._agents_http is None:
-                    self._agents_http = self._make_http(tls[0])
-                http = self._agents_http
+                self._agents = self._agents or self._make_pools(tls[0])
+                http = self._agents[place]
             extensions["sni_hostname"] = tls[1] if tls is not None else url.host
         if self._guard is None:
             return http, url, {}, extensions

@@ -39,6 +39,10 @@ CLOSING = frozenset(
     }
 )
 
+_ALREADY_EXISTS = (
+    StartChildWorkflowExecutionFailedCause.START_CHILD_WORKFLOW_EXECUTION_FAILED_CAUSE_WORKFLOW_ALREADY_EXISTS
+)
+
 
 class AlreadyRuns(Exception):
     """A workflow of this id runs."""
@@ -389,7 +393,7 @@ class Server:
             except AlreadyRuns:
                 started.failed.workflow_id = command.workflow_id
                 started.failed.workflow_type = command.workflow_type
-                started.failed.cause = StartChildWorkflowExecutionFailedCause.START_CHILD_WORKFLOW_EXECUTION_FAILED_CAUSE_WORKFLOW_ALREADY_EXISTS
+                started.failed.cause = _ALREADY_EXISTS
             if not run.is_closed:
                 self._add(run, job)
 

@@ -203,6 +203,16 @@ class TestReports:
         await watcher.until(lost, "lost")
         await watcher.until(silent, "broken", within_s=8)
 
+    async def test_of_two_watches_at_once_are_the_same(self, idle_fleet: FleetUnderTest) -> None:
+        """A zombie: an attempt that Temporal has given up still runs beside the next one."""
+        node = await add_node(idle_fleet)
+        watcher = Watcher(idle_fleet)
+        zombie = asyncio.create_task(watcher.activities.watch_region(RegionWatch("in-mumbai")))
+        await asyncio.sleep(0.3)
+        idle_fleet.cloud.take(node.cluster)
+        await watcher.until(node, "lost")
+        assert [reading.verdict for reading in (await zombie).changed] == ["lost"]
+
     async def test_come_again_while_it_lasts(self, idle_fleet: FleetUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
         """The nudge may have been lost."""
         monkeypatch.setattr("activities.watches.TELL_AGAIN_S", 0.5)
