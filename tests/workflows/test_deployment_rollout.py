@@ -136,6 +136,7 @@ class TestForth:
             await (await rollout.start(1)).result()
         await rollout.check(1, 1)
 
+    @pytest.mark.chaos
     async def test_holds_a_canary_until_it_is_promoted(self, rollout: RolloutUnderTest) -> None:
         await rollout.prepare(1)
         handle = await rollout.start(hold_at_bp=1000)
@@ -258,6 +259,7 @@ class TestBack:
         assert (result["state"], result["serving"], result["reason"]) == ("returned", 1, "we do not want it")
         await rollout.check(1, 2)
 
+    @pytest.mark.chaos
     async def test_a_cancellation_leads_back_and_ends_as_cancelled(self, rollout: RolloutUnderTest) -> None:
         await rollout.prepare(1)
         handle = await rollout.start(hold_at_bp=5000)
