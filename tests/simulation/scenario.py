@@ -52,11 +52,12 @@ class Profile:
 class Scenario:
     """Lives through one seed."""
 
-    def __init__(self, world: World, profile: Profile | None = None) -> None:
+    def __init__(self, world: World, profile: Profile | None = None, *, is_eager: bool = False) -> None:
         self.world = world
         self.dice = random.Random(world.dice.random())
         self.profile = profile or Profile.draw(self.dice)
         self.laws = Laws(world)
+        self._is_eager = is_eager
         self._made = 0
         world.tell(f"seed {world.seed}: {self.profile}")
 
@@ -343,7 +344,7 @@ class Scenario:
     # People.
 
     def _plan_people(self) -> None:
-        for _ in range(self.dice.randint(1, 5)):
+        for _ in range(self.dice.randint(1, 5) * (3 if self._is_eager else 1)):
             self.at(self._meddle, 1)
 
     def _meddle(self) -> None:
@@ -351,6 +352,9 @@ class Scenario:
         runs = [run for run in server.runs.values() if run.type in (names.NODE_PROVISIONING, names.NODE_LIFECYCLE)]
         if dice.random() < 0.1:
             runs = list(server.runs.values())
+        if self._is_eager and dice.random() < 0.7:
+            now = self.world.loop.time()
+            runs = [run for run in runs if now - run.started_at < 15.0]
         if runs:
             self.meddle_with(dice.choice(runs), dice.choice(["drain", "drain", "drain", "cancel", "terminate"]))
 
@@ -376,12 +380,14 @@ class Scenario:
         return [row for row in rows if run.workflow_id in (row.workflow_id, names.node_workflow_id(row.node_id), names.provisioning_workflow_id(row.node_id))]
 
 
-async def live(seed: int, known: Registry, prepare: Callable[[World], None] = lambda world: None) -> World:
-    """Live through one seed; the world, at rest. Raises Violation, whose message has the trace."""
+async def live(seed: int, known: Registry, profile: Profile | None = None, *, is_eager: bool = False) -> World:
+    """Live through one seed; the world, at rest. Raises Violation, whose message has the trace.
+
+    People who are `eager` drain, cancel and terminate far more, and mostly what has only just begun.
+    """
     world = World(seed, known)
-    prepare(world)
     try:
-        await Scenario(world).live()
+        await Scenario(world, profile, is_eager=is_eager).live()
     except Violation as error:
         raise Violation(f"{error}\n\n{world.story()}") from None
     finally:
