@@ -198,7 +198,7 @@ async def keep_entities_once(entities: Entities, fleet: Fleet) -> Kept:
     catalog = await fleet.catalog.load()
     await entities.keep_standing(catalog.regions.regions, catalog.deployments)
     return await entities.keep_nodes(
-        await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
+        await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog), fleet.nodes.hand_over
     )
 
 

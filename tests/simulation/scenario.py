@@ -16,7 +16,7 @@ from crosslogic.domain.node import Node, cluster_name
 from tests.simulation import clock
 from tests.simulation.laws import Laws
 from tests.simulation.made_up_cloud import Fate
-from tests.simulation.network import Fault
+from tests.simulation.network import Call, Fault
 from tests.simulation.processes import Registry
 from tests.simulation.server import NotFound, Run
 from tests.simulation.world import Violation, World
@@ -26,6 +26,11 @@ TROUBLE_S = 200.0
 REST_WITHIN_S = 3_600.0
 # What is at rest must still be so after this: long enough for a late call to arrive.
 STILL_S = 45.0
+
+# Calls that change something, and what may happen to the process that makes them.
+EFFECTS = ("intend", "advance", "tombstone", "hand_over", "publish", "ensure", "end", "record", "start_workflow")
+PROCESS_FAULTS = (Fault.KILL_BEFORE, Fault.KILL_AFTER, Fault.STOP_BEFORE, Fault.STOP_AFTER)
+MET_SHARE = 0.15
 
 MODELS = ("llama-7b", "llama-3-8b", "bge-base-en")
 PLACES = ("in-mumbai", "us-east", "ap-south-1")
@@ -244,6 +249,15 @@ class Scenario:
     def _plan_process_faults(self) -> None:
         for _ in range(self.dice.randint(1, 6)):
             self.at(self.dice.choice([self._kill, self._kill, self._stop, self._end]))
+        # Effects take milliseconds: a kill at any time seldom meets one, so some are met on purpose.
+        met = {operation: self.dice.choice(PROCESS_FAULTS) for operation in EFFECTS if self.dice.random() < 0.4}
+
+        def meet(call: Call) -> Fault | None:
+            if self.is_troubled and call.operation in met and self.dice.random() < MET_SHARE:
+                return met[call.operation]
+            return None
+
+        self.world.network.plan = meet
 
     def _kill(self) -> None:
         self.dice.choice(self.world.processes).kill()
