@@ -321,7 +321,7 @@ async def keep_nodes_once(entities: Entities, fleet: Fleet) -> Kept:
     """The nodes' part of `keep_entities_once`."""
     catalog = await fleet.catalog.load()
     return await entities.keep_nodes(
-        await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog)
+        await fleet.nodes.list_alive(), fleet.nodes.find, partial(spec_of, catalog=catalog), fleet.nodes.hand_over
     )
 
 

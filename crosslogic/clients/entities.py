@@ -88,12 +88,13 @@ class Entities:
         nodes: Collection[Node],
         read_again: Callable[[UUID], Awaitable[Node | None]],
         spec_of: Callable[[Node], NodeSpec],
+        hand_over: Callable[[UUID, str], Awaitable[None]],
     ) -> Kept:
         """See to it that every node that has not ended has a workflow that answers for it.
 
         A serving node without one (somebody terminated it) gets its lifecycle back. One on its way whose provisioning
-        is gone is undone by a lifecycle, so that it does not count as a replica for ever. Raises Unavailable when
-        Temporal does not answer.
+        is gone is undone by a lifecycle, so that it does not count as a replica for ever. Either is `hand_over`'s from
+        then on: who drains the node signals whom its row names. Raises Unavailable when Temporal does not answer.
         """
         kept = Kept()
         running = await self._list_running() if len(nodes) > ASKED_BY_NAME else frozenset[str]()
@@ -108,6 +109,7 @@ class Entities:
             is_orphan = node.state in ON_THE_WAY
             (kept.orphaned if is_orphan else kept.adopted).append(node.node_id)
             log.warning("node %s (%s) has lost its workflow %s", node.node_id, node.state, node.workflow_id)
+            workflow_id = names.node_workflow_id(node.node_id)
             await self._start(
                 names.NODE_LIFECYCLE,
                 NodeLifecycleInput(
@@ -116,9 +118,10 @@ class Entities:
                     drain_reason=f"{node.workflow_id} is gone" if is_orphan else node.reason,
                     is_orphan=is_orphan,
                 ),
-                names.node_workflow_id(node.node_id),
+                workflow_id,
                 f"{node.model} in {node.region}, taken over",
             )
+            await hand_over(node.id, workflow_id)
         return kept
 
     async def _list_running(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ from crosslogic.contracts import names
 from crosslogic.contracts.node import JOINED
 from crosslogic.domain.deployment import Replica, counts
 from crosslogic.domain.ids import NODE
-from crosslogic.domain.node import TRANSITIONS, Node, NodeState
+from crosslogic.domain.node import ON_THE_WAY, TRANSITIONS, Node, NodeState
 from crosslogic.domain.sweep import bears_our_mark
 from tests.simulation import clock
 from tests.simulation.made_up_cloud import MadeUpMachine
@@ -55,7 +55,8 @@ class Laws:
             self._world.broke(f"F4: {after.node_id} went back to generation {after.generation}")
         if before.tombstoned_at is not None and after.tombstoned_at != before.tombstoned_at:
             self._world.broke(f"F4: the tombstone of {after.node_id} was taken back")
-        if before.is_tombstoned and after.state in (NodeState.LAUNCHING, NodeState.READY) != before.state:
+        is_forward = after.state is not before.state and after.state in (*ON_THE_WAY, NodeState.READY)
+        if before.is_tombstoned and is_forward:
             self._world.broke(f"F4: {after.node_id} came to {after.state} behind its tombstone")
 
     def _look_at_order(self, node: Node) -> None:

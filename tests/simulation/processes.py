@@ -185,6 +185,7 @@ class Process:
         self._broke = broke
         self._loop = asyncio.get_running_loop()
         self._is_alive = True
+        self._has_vanished = False
         self._going = asyncio.Event()
         self._going.set()
         self._cache: dict[str, tuple[WorkflowInstance, int]] = {}
@@ -217,6 +218,8 @@ class Process:
     async def gate(self) -> None:
         """Pass while the process runs; wait while it is stopped; never pass once it was killed."""
         while not self.is_running:
+            if self._has_vanished:
+                raise asyncio.CancelledError
             if not self._is_alive:
                 await self._loop.create_future()
             await self._going.wait()
@@ -225,6 +228,11 @@ class Process:
         """SIGKILL."""
         self._tell(f"{self.name} is killed")
         self._is_alive = False
+        self._forget_all()
+
+    def vanish(self) -> None:
+        """The simulation is over: nothing is reached any more."""
+        self._has_vanished, self._is_alive = True, False
         self._forget_all()
 
     def stop(self) -> None:

@@ -16,7 +16,7 @@ from crosslogic.domain.node import Node, cluster_name
 from tests.simulation import clock
 from tests.simulation.laws import Laws
 from tests.simulation.made_up_cloud import Fate
-from tests.simulation.network import Fault
+from tests.simulation.network import Call, Fault
 from tests.simulation.processes import Registry
 from tests.simulation.server import NotFound, Run
 from tests.simulation.world import Violation, World
@@ -26,6 +26,11 @@ TROUBLE_S = 200.0
 REST_WITHIN_S = 3_600.0
 # What is at rest must still be so after this: long enough for a late call to arrive.
 STILL_S = 45.0
+
+# Calls that change something, and what may happen to the process that makes them.
+EFFECTS = ("intend", "advance", "tombstone", "hand_over", "publish", "ensure", "end", "record", "start_workflow")
+PROCESS_FAULTS = (Fault.KILL_BEFORE, Fault.KILL_AFTER, Fault.STOP_BEFORE, Fault.STOP_AFTER)
+MET_SHARE = 0.15
 
 MODELS = ("llama-7b", "llama-3-8b", "bge-base-en")
 PLACES = ("in-mumbai", "us-east", "ap-south-1")
@@ -52,11 +57,12 @@ class Profile:
 class Scenario:
     """Lives through one seed."""
 
-    def __init__(self, world: World, profile: Profile | None = None) -> None:
+    def __init__(self, world: World, profile: Profile | None = None, *, is_eager: bool = False) -> None:
         self.world = world
         self.dice = random.Random(world.dice.random())
         self.profile = profile or Profile.draw(self.dice)
         self.laws = Laws(world)
+        self._is_eager = is_eager
         self._made = 0
         world.tell(f"seed {world.seed}: {self.profile}")
 
@@ -243,6 +249,15 @@ class Scenario:
     def _plan_process_faults(self) -> None:
         for _ in range(self.dice.randint(1, 6)):
             self.at(self.dice.choice([self._kill, self._kill, self._stop, self._end]))
+        # Effects take milliseconds: a kill at any time seldom meets one, so some are met on purpose.
+        met = {operation: self.dice.choice(PROCESS_FAULTS) for operation in EFFECTS if self.dice.random() < 0.4}
+
+        def meet(call: Call) -> Fault | None:
+            if self.is_troubled and call.operation in met and self.dice.random() < MET_SHARE:
+                return met[call.operation]
+            return None
+
+        self.world.network.plan = meet
 
     def _kill(self) -> None:
         self.dice.choice(self.world.processes).kill()
@@ -343,7 +358,7 @@ class Scenario:
     # People.
 
     def _plan_people(self) -> None:
-        for _ in range(self.dice.randint(1, 5)):
+        for _ in range(self.dice.randint(1, 5) * (3 if self._is_eager else 1)):
             self.at(self._meddle, 1)
 
     def _meddle(self) -> None:
@@ -351,6 +366,9 @@ class Scenario:
         runs = [run for run in server.runs.values() if run.type in (names.NODE_PROVISIONING, names.NODE_LIFECYCLE)]
         if dice.random() < 0.1:
             runs = list(server.runs.values())
+        if self._is_eager and dice.random() < 0.7:
+            now = self.world.loop.time()
+            runs = [run for run in runs if now - run.started_at < 15.0]
         if runs:
             self.meddle_with(dice.choice(runs), dice.choice(["drain", "drain", "drain", "cancel", "terminate"]))
 
@@ -381,12 +399,14 @@ class Scenario:
         ]
 
 
-async def live(seed: int, known: Registry, prepare: Callable[[World], None] = lambda world: None) -> World:
-    """Live through one seed; the world, at rest. Raises Violation, whose message has the trace."""
+async def live(seed: int, known: Registry, profile: Profile | None = None, *, is_eager: bool = False) -> World:
+    """Live through one seed; the world, at rest. Raises Violation, whose message has the trace.
+
+    People who are `eager` drain, cancel and terminate far more, and mostly what has only just begun.
+    """
     world = World(seed, known)
-    prepare(world)
     try:
-        await Scenario(world).live()
+        await Scenario(world, profile, is_eager=is_eager).live()
     except Violation as error:
         raise Violation(f"{error}\n\n{world.story()}") from None
     finally:

@@ -175,6 +175,7 @@ class Server:
         self.closed: list[Run] = []
         # A replay of all of a run's history costs its square: this share of tasks is followed by one.
         self.look_back_share = 0.05
+        self.is_over = False
         self.on_task: Callable[[Run], None] = lambda run: None
         self.on_close: Callable[[Run], None] = lambda run: None
 
@@ -618,6 +619,8 @@ class Server:
 
     def _once_up(self, what: Callable[..., None], *arguments: Any) -> None:
         """What the server does, it does when it is there."""
+        if self.is_over:
+            return
         if self.is_down:
             pause_s = self._down_until - self._loop.time() + self._dice.uniform(0.001, 0.5)
             self._loop.call_later(pause_s, self._once_up, what, *arguments)

@@ -225,17 +225,15 @@ class World:
 
     async def end(self) -> None:
         """Take everything down."""
-        self.is_over = True
-        tasks = [*self._own]
-        for process in [*self._graveyard, *self.processes]:
-            tasks += process.tasks
-        for _ in range(3):
-            for task in tasks:
+        self.is_over = self.server.is_over = True
+        processes = [*self._graveyard, *self.processes]
+        for process in processes:
+            process.vanish()
+        while left := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+            # Some have something to do before they end, and find that nothing is there any more.
+            for task in left:
                 task.cancel()
             await asyncio.sleep(0)
-        for run in list(self.server.runs.values()):
-            if run.owner is not None:
-                run.owner.forget(run)
 
 
 def assemble_in(world: World, process: Process) -> None:

@@ -147,7 +147,10 @@ class TestEntities:
     async def keep(self, fleet: FleetUnderTest) -> tuple[list[str], list[str]]:
         catalog = await CatalogStore(fleet.pool).load()
         kept = await self.entities(fleet).keep_nodes(
-            await fleet.nodes.list_alive(), fleet.nodes.find, lambda node: spec_of(node, catalog)
+            await fleet.nodes.list_alive(),
+            fleet.nodes.find,
+            lambda node: spec_of(node, catalog),
+            fleet.nodes.hand_over,
         )
         return kept.adopted, kept.orphaned
 
@@ -164,6 +167,14 @@ class TestEntities:
         await fleet.until_state(NodeState.TERMINATED)
         await fleet.lifecycle(node).result()
         await fleet.check_books()
+
+    async def test_names_the_lifecycle_of_a_node_that_was_never_handed_over(self, fleet: FleetUnderTest) -> None:
+        """Its provisioning was terminated between admitting it and handing it over: a drain would reach nobody."""
+        node = await fleet.serve_one()
+        await fleet.nodes.hand_over(node.id, "terminated-by-mistake")
+        assert await self.keep(fleet) == ([node.node_id], [])
+        assert (await fleet.nodes.get(node.id)).workflow_id == fleet.lifecycle(node).id
+        assert await self.keep(fleet) == ([], [])
 
     async def test_undoes_a_node_whose_provisioning_is_gone(self, fleet: FleetUnderTest) -> None:
         fleet.cloud.boots = False
