@@ -58,9 +58,8 @@ class NotificationStore:
               AND hour < (SELECT rated_until FROM usage_horizon)
             UNION ALL
             SELECT org_id, billed_hour, list_price_microdollars FROM usage_hours
-            WHERE billed_hour >= greatest(
-                    least($1::timestamptz, $2::timestamptz - interval '14 days'), (SELECT rated_until FROM usage_horizon)
-                  )
+            WHERE billed_hour >= least($1::timestamptz, $2::timestamptz - interval '14 days')
+              AND billed_hour >= (SELECT rated_until FROM usage_horizon)
               AND reservation_id IS NULL
         ), days AS (
             SELECT org_id, date_bin('1 day', hour, 'epoch') AS day, sum(microdollars)::bigint AS amount,
