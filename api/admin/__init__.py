@@ -1,4 +1,4 @@
-"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, agents, requests, usage, billing and audit."""
+"""The operators' API under `/admin`: tenancy, catalog, reservations, nodes, agents, requests, usage, billing, audit."""
 
 from __future__ import annotations
 
