@@ -1,4 +1,4 @@
-"""`uvicorn --http api.compiled:HttpProtocol`: the API's protocol, compiled where `./run compile` has built it."""
+"""`uvicorn api.compiled:app --http api.compiled:HttpProtocol`: the API, its hot path compiled where that was built."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from crosslogic import compiled
 
 IS_COMPILED = compiled.use()
 
-from api.inference.server import HttpProtocol  # noqa: E402 - the compiled one, if there is one.
+from api.app import app  # noqa: E402 - after the compiled modules are in place.
+from api.inference.server import HttpProtocol  # noqa: E402
 
-__all__ = ["IS_COMPILED", "HttpProtocol"]
+__all__ = ["IS_COMPILED", "HttpProtocol", "app"]
 
 logging.getLogger("crosslogic.api").info("the hot path runs %s", "compiled" if IS_COMPILED else "interpreted")

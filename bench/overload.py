@@ -419,7 +419,7 @@ async def main(out: Path, seconds: float) -> None:
                 [
                     "-m",
                     "uvicorn",
-                    "api.app:app",
+                    "api.compiled:app",
                     "--http",
                     "api.compiled:HttpProtocol",
                     "--port",

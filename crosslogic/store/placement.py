@@ -22,8 +22,9 @@ class PlacementStore:
         GROUP BY 1, 2, 3, 4
     """
     SELECT_PREEMPTIONS = """
-        SELECT cloud, region, zone, gpu, count(*) AS taken, sum(lived_s)::float8 / 3600 AS hours
-        FROM preemptions WHERE at > now() - make_interval(days => $1) GROUP BY 1, 2, 3, 4
+        SELECT p.cloud, n.cloud_region AS region, p.zone, p.gpu, count(*) AS taken, sum(lived_s)::float8 / 3600 AS hours
+        FROM preemptions p JOIN nodes n ON n.id = p.node_id
+        WHERE at > now() - make_interval(days => $1) GROUP BY 1, 2, 3, 4
     """
 
     def __init__(self, pool: asyncpg.Pool) -> None:

@@ -5,20 +5,6 @@ ALTER TABLE nodes
     ADD COLUMN instance_type TEXT NOT NULL DEFAULT '',
     ADD COLUMN cloud_region  TEXT NOT NULL DEFAULT '';           -- the cloud's name of it; `region` is ours
 
--- What spot markets have done to our nodes: placement learns from it.
-CREATE TABLE IF NOT EXISTS preemptions (
-    id         UUID PRIMARY KEY,
-    node_id    UUID NOT NULL UNIQUE,
-    cloud      TEXT NOT NULL,
-    region     TEXT NOT NULL,
-    zone       TEXT NOT NULL,
-    gpu        TEXT NOT NULL,
-    at         TIMESTAMPTZ NOT NULL,
-    had_notice BOOLEAN NOT NULL,
-    lived_s    DOUBLE PRECISION NOT NULL CHECK (lived_s >= 0)
-);
-CREATE INDEX IF NOT EXISTS preemptions_by_time ON preemptions (at);
-
 -- The names that Google Cloud and Azure have for the same places: clients may use them, and nodes are launched there.
 UPDATE regions SET aliases = '{ap-south-1,asia-south1,centralindia}' WHERE name = 'in-mumbai' AND aliases = '{ap-south-1}';
 UPDATE regions SET aliases = '{us-east-1,us-east4,eastus}' WHERE name = 'us-east' AND aliases = '{us-east-1}';
