@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.resources import files
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 import hiredis
@@ -44,7 +44,7 @@ from crosslogic.hot.pipeline import PipelinedRedis, Script, pack_but_last, pack_
 
 log = logging.getLogger(__name__)
 
-_SCRIPT: Final = Script((Path(__file__).parent / "limits.lua").read_text(encoding="utf-8"))
+_SCRIPT: Final = Script(files("crosslogic.hot").joinpath("limits.lua").read_text(encoding="utf-8"))
 _pack = msgspec.msgpack.Encoder().encode
 _unpack = msgspec.msgpack.Decoder().decode
 
