@@ -282,7 +282,15 @@ class SkyPilot:
     # --- What a cluster is doing.
 
     async def _find_running(self, cluster: str, record: Mapping[str, Any]) -> Machine:
-        jobs = await self._query("/queue", {"cluster_name": cluster, "skip_finished": False, "all_users": True})
+        try:
+            jobs = await self._ask(
+                "/queue", {"cluster_name": cluster, "skip_finished": False, "all_users": True}, _SHORT_S
+            )
+        except RequestFailed as error:
+            if error.type != "ClusterNotUpError":
+                raise _translate(error) from error
+            # Its machine runs, so its status is UP; but the launch ended before SkyPilot could set it up.
+            jobs = []
         if not jobs:
             return Machine(
                 cluster, MachineStatus.STARTING, reason="it is up, but its task was never started", is_order_lost=True

@@ -42,6 +42,7 @@ class Cluster:
     status: str = "INIT"
     jobs: list[str] = field(default_factory=list[str])
     cloud: str = "AWS"
+    is_set_up: bool = False
 
 
 class Resources:
@@ -69,8 +70,10 @@ class SkyPilotModel(httpx.AsyncBaseTransport):
         self.seen: list[httpx.Request] = []
 
     def restart(self) -> None:
-        """What was going on is broken off and forgotten; clusters stay as they are."""
+        """What was going on is broken off and forgotten. A machine that runs by then counts as up, set up or not."""
         self.requests.clear()
+        for cluster in self.clusters.values():
+            cluster.status = "UP"
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.seen.append(request)
@@ -137,7 +140,7 @@ class SkyPilotModel(httpx.AsyncBaseTransport):
         if self.launch_error:
             raise LookupError(*self.launch_error)
         cluster = self.clusters.setdefault(body["cluster_name"], Cluster())
-        cluster.status = "UP"
+        cluster.status, cluster.is_set_up = "UP", True
         cluster.jobs.append(self.job_status)
 
     def _api_cancel(self, body: dict[str, Any]) -> None:
@@ -160,8 +163,10 @@ class SkyPilotModel(httpx.AsyncBaseTransport):
         ]
 
     def _queue(self, body: dict[str, Any]) -> list[dict[str, Any]]:
-        jobs = self.clusters[body["cluster_name"]].jobs
-        return [{"job_id": number, "status": status} for number, status in enumerate(jobs, 1)]
+        cluster = self.clusters[body["cluster_name"]]
+        if not cluster.is_set_up:
+            raise LookupError("ClusterNotUpError", "it has been stopped or not properly set up")
+        return [{"job_id": number, "status": status} for number, status in enumerate(cluster.jobs, 1)]
 
     def _endpoints(self, body: dict[str, Any]) -> dict[str, str]:
         return {str(body["port"]): f"203.0.113.7:{body['port']}"}
@@ -344,14 +349,11 @@ class TestFind:
 
     async def test_wants_an_order_again_whose_launch_was_broken_off(self, landlord: ModelLandlord) -> None:
         spec = landlord.spec("one")
-        landlord.model.clusters[spec.cluster] = Cluster("INIT")
-        machine = await landlord.cloud.find(spec.cluster)
-        assert machine is not None
-        assert machine.is_order_lost
-        landlord.model.clusters[spec.cluster] = Cluster("UP")
-        machine = await landlord.cloud.find(spec.cluster)
-        assert machine is not None
-        assert machine.is_order_lost
+        for half_way in (Cluster("INIT"), Cluster("UP"), Cluster("UP", is_set_up=True)):
+            landlord.model.clusters[spec.cluster] = half_way
+            machine = await landlord.cloud.find(spec.cluster)
+            assert machine is not None
+            assert machine.is_order_lost
 
     async def test_has_no_endpoint_on_machines_of_ones_own(self, landlord: ModelLandlord) -> None:
         await landlord.cloud.ensure(landlord.spec("one"))
