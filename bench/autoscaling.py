@@ -205,7 +205,7 @@ def by_yesterday(rates: Sequence[tuple[float, float]], ahead_s: float) -> float:
     return sum(around) / len(around) if around else 0.0
 
 
-QPS_TARGETS = (0.4, 0.3, 0.2, 0.15, 0.1, 0.08)
+QPS_TARGETS = (0.4, 0.3, 0.2, 0.15, 0.12, 0.1, 0.09, 0.08)
 FLEETS = (20, 24, 28, 32)
 UTILIZATIONS = (0.5, 0.4, 0.35, 0.3, 0.25)
 FORECASTS = {"ours, with a trend": by_trend, "ours, with yesterday": by_yesterday}

@@ -51,7 +51,7 @@ class ScalingRules:
     least_headroom: float = 0.5
     most_headroom: float = 6.0
     headroom_up_per_min: float = 1.0
-    headroom_down_per_min: float = 0.01
+    headroom_down_per_min: float = 0.015
     # A pool counts as full with so much work in flight and queued, in seconds of its capacity; CROSSLOGIC_FULL_LOAD_S.
     full_load_s: float = 30.0
     # Above these shares of what is full more nodes are wanted.

@@ -50,11 +50,10 @@ class TestSimulate:
 
 
 class TestOurs:
-    def test_costs_less_than_the_threshold_that_keeps_the_same_tail(self) -> None:
-        ours = run(Ours(MACHINE))
-        rivals = [run(QpsThreshold(target)) for target in (0.3, 0.2, 0.12)]
-        as_good = [rival.usd for rival in rivals if rival.ttft_s_at(0.99) <= ours.ttft_s_at(0.99)]
-        assert ours.attained(SLO_S) > 0.95
-        assert ours.usd <= 0.7 * min(as_good, default=float("inf"))
-        # And more than whoever knows the future.
+    def test_keeps_a_far_better_tail_than_the_threshold_of_the_same_cost(self) -> None:
+        ours, rival = run(Ours(MACHINE)), run(QpsThreshold(0.08))
+        assert ours.usd == pytest.approx(rival.usd, rel=0.05)
+        assert ours.ttft_s_at(0.99) < 0.1 * rival.ttft_s_at(0.99)
+        assert ours.attained(SLO_S) > 0.9
+        # And costs more than whoever knows the future.
         assert run(Clairvoyant(LOAD, MACHINE, 0.5)).usd < ours.usd

@@ -234,7 +234,7 @@ class TestCatalog:
         assert asyncio.run(first_event(fleet_settings, workflow_id)) == (
             names.DEPLOYMENT_SCALING,
             fleet_settings.fleet_task_queue,
-            [{"deployment": name}],
+            [{"deployment": name, "memories": []}],
         )
         assert asyncio.run(signals(fleet_settings, workflow_id)) == [(names.LOOK_AGAIN, [])] * 2
 
