@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import audit, catalog, nodes, requests, reservations, tenancy, usage
+from api.admin import audit, catalog, nodes, requests, reservations, sweeps, tenancy, usage
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -23,6 +23,7 @@ router.include_router(tenancy.router, tags=["tenancy"])
 router.include_router(catalog.router, tags=["catalog"])
 router.include_router(reservations.router, tags=["reservations"])
 router.include_router(nodes.router, tags=["nodes"])
+router.include_router(sweeps.router, tags=["nodes"])
 router.include_router(usage.router, tags=["usage"])
 router.include_router(requests.router, tags=["usage"])
 router.include_router(audit.router, tags=["audit"])

@@ -20,6 +20,7 @@ from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
+from crosslogic.store.sweeps import SweepStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -43,6 +44,7 @@ class AdminContext:
     audit: AuditStore = field(init=False)
     nodes: NodeStore = field(init=False)
     reservations: ReservationStore = field(init=False)
+    sweeps: SweepStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
     workflows: Workflows = field(init=False)
@@ -54,6 +56,7 @@ class AdminContext:
             ("audit", AuditStore(self.pool)),
             ("nodes", NodeStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
+            ("sweeps", SweepStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),
             ("workflows", Workflows(self.connect_temporal)),
