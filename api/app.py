@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from api import admin, error_handlers, scraping
+from api import admin, error_handlers, scraping, sweeping
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
 from api.feeds import Feeds
@@ -55,6 +55,7 @@ from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.changes import ChangeStore
 from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.sweeps import SweepStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 
@@ -160,6 +161,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         relay.keep_progress(),
         table.keep_probing(),
         observer.keep_measuring(),
+        sweeping.keep_showing(SweepStore(pool), observer, _now),
     ]
     tasks = [asyncio.create_task(coroutine, name=coroutine.__qualname__) for coroutine in background]
     for task in tasks:

@@ -90,7 +90,7 @@ async def start_sweep(body: SweepIn, admin: Admin) -> SweepStartedOut:
     await admin.audit.record(actor=ACTOR, action="sweep.start", subject=workflow_id, details=body.model_dump())
     await admin.workflows.start(
         names.FLEET_SWEEP,
-        FleetSweepInput(body.provider, body.dry_run, body.end_all_unintended),
+        FleetSweepInput(body.provider, body.dry_run, end_all_unintended=body.end_all_unintended),
         workflow_id=workflow_id,
         task_queue=admin.settings.fleet_task_queue,
     )
