@@ -21,7 +21,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
-from api import admin, agents, error_handlers, scraping
+from api import admin, agents, error_handlers, scraping, sweeping
 from api.admin import stripe_webhooks
 from api.admin.context import AdminContext
 from api.admin.schemas import ErrorOut
@@ -65,6 +65,7 @@ from crosslogic.store.lead_times import LeadTimeStore
 from crosslogic.store.limit_sums import LimitSums
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.scaling import ScalingStore
+from crosslogic.store.sweeps import SweepStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 from crosslogic.store.usage_logs import UsageLogStore
@@ -192,6 +193,7 @@ async def _lifespan(settings: Settings, app: CrossLogicAPI) -> AsyncGenerator[No
         demand.keep_telling(),
         arrivals.keep_reading(),
         keep_showing(ScalingStore(pool), observer),
+        sweeping.keep_showing(SweepStore(pool), observer, _now),
     ]
     tasks = [asyncio.create_task(coroutine, name=getattr(coroutine, "__qualname__", None)) for coroutine in background]
     for task in tasks:

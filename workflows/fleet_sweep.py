@@ -26,8 +26,6 @@ from workflows.steps import (
     unstoppable,
 )
 
-# One look never suffices: lists lag. What both looks agree on is acted upon.
-SECOND_LOOK_S = 30.0
 INVENTORY_TIMEOUT_S = 120.0
 # An orphan that does not end within this is the next sweep's.
 END_TIMEOUT_S = 90.0
@@ -114,11 +112,11 @@ class FleetSweep:
         return taken
 
     async def _confirm(self, input: FleetSweepInput, first: Inventory) -> tuple[list[SweepFinding], Inventory]:
-        """The findings that a second look agrees on, and that look."""
+        """The findings that a second look agrees on, and that look. One look never suffices: lists lag."""
         if not first.findings:
             return [], first
         self._story.tell(f"{len(first.findings)} to look at again")
-        await asyncio.sleep(SECOND_LOOK_S)
+        await asyncio.sleep(max(0.0, input.look_again_s))
         check_cancelled()
         second = await self._look(input)
         before = {(found.provider, found.cluster): found.standing for found in first.findings}

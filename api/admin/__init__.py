@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Security
 
-from api.admin import agents, audit, billing, catalog, nodes, requests, reservations, revisions, tenancy, usage
+from api.admin import (
+    agents,
+    audit,
+    billing,
+    catalog,
+    nodes,
+    requests,
+    reservations,
+    revisions,
+    sweeps,
+    tenancy,
+    usage,
+)
 from api.admin.context import bearer
 from api.admin.schemas import ErrorOut
 
@@ -25,6 +37,7 @@ router.include_router(revisions.router, tags=["catalog"])
 router.include_router(reservations.router, tags=["reservations"])
 router.include_router(agents.router, tags=["nodes"])
 router.include_router(nodes.router, tags=["nodes"])
+router.include_router(sweeps.router, tags=["nodes"])
 router.include_router(usage.router, tags=["usage"])
 router.include_router(requests.router, tags=["usage"])
 router.include_router(billing.router, tags=["billing"])

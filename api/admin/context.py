@@ -28,6 +28,7 @@ from crosslogic.store.requests import RequestStore
 from crosslogic.store.reservations import ReservationStore
 from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.scaling import ScalingStore
+from crosslogic.store.sweeps import SweepStore
 from crosslogic.store.tenancy import TenancyStore
 from crosslogic.store.usage import UsageStore
 from crosslogic.store.usage_logs import UsageLogStore
@@ -58,6 +59,7 @@ class AdminContext:
     scaling: ScalingStore = field(init=False)
     reservations: ReservationStore = field(init=False)
     revisions: RevisionStore = field(init=False)
+    sweeps: SweepStore = field(init=False)
     usage: UsageStore = field(init=False)
     requests: RequestStore = field(init=False)
     usage_logs: UsageLogStore = field(init=False)
@@ -78,6 +80,7 @@ class AdminContext:
             ("scaling", ScalingStore(self.pool)),
             ("reservations", ReservationStore(self.pool)),
             ("revisions", RevisionStore(self.pool)),
+            ("sweeps", SweepStore(self.pool)),
             ("usage", UsageStore(self.pool)),
             ("requests", RequestStore(self.pool)),
             ("usage_logs", UsageLogStore(self.pool)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from crosslogic.cli import billing, catalog, nodes, records, reservations, rollouts, setup, tenancy, usage
+from crosslogic.cli import billing, catalog, nodes, records, reservations, rollouts, setup, sweeps, tenancy, usage
 from crosslogic.cli.session import connection_defaults
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.add_typer(tenancy.environments, name="environments", help="Environments: dev
 app.add_typer(tenancy.keys, name="keys", help="Keys: what clients send.")
 app.add_typer(tenancy.limits, name="limits", help="Limits of orgs, environments, keys and of everybody.")
 app.add_typer(nodes.app, name="nodes", help="Nodes: what serves, and what is on its way.")
+app.add_typer(sweeps.app, name="sweeps", help="Sweeps: is every machine in the clouds one that was intended?")
 app.add_typer(catalog.deployments, name="deployments", help="Deployments: how many replicas of a model, and where.")
 app.add_typer(rollouts.revisions, name="revisions", help="Revisions: what a deployment's nodes run.")
 app.add_typer(rollouts.rollouts, name="rollouts", help="Roll-outs: one revision takes the place of another.")

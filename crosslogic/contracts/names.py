@@ -53,6 +53,11 @@ def rollout_workflow_id(deployment: str, revision: int) -> str:
     return f"rollout/{deployment}/{revision}"
 
 
+def sweep_workflow_id(name: str) -> str:
+    """The id of a `FleetSweep` that an operator starts; the schedule's and anybody's own may have any id."""
+    return f"sweep/{name}"
+
+
 def fleet_health_workflow_id(region: str) -> str:
     """The id of a region's `FleetHealth`."""
     return f"fleet-health/{region}"

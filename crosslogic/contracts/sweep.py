@@ -11,6 +11,7 @@ class FleetSweepInput:
 
     provider: str = ""  # Empty: every cloud that is connected.
     dry_run: bool = False  # Only look and report.
+    look_again_s: float = 30.0  # How long after the first look the second comes. The clouds' lists lag.
     end_all_unintended: bool = False  # However many there are. Without it, more than a few are left to people.
 
 

@@ -47,6 +47,7 @@ class SweepStore:
           AND (NOT $2 OR EXISTS (SELECT 1 FROM sweep_findings f WHERE f.sweep_id = sweeps.id))
         ORDER BY id DESC LIMIT $3
     """
+    SELECT_LAST = "SELECT * FROM sweeps WHERE provider = '' AND NOT is_dry_run ORDER BY id DESC LIMIT 1"
     SELECT_FINDINGS = """
         SELECT * FROM sweep_findings WHERE sweep_id = ANY($1::uuid[]) ORDER BY sweep_id, provider, cluster
     """
@@ -99,6 +100,11 @@ class SweepStore:
         rows = await self._pool.fetch(self.SELECT_PAGE, before, with_findings_only, limit)
         findings = await self._pool.fetch(self.SELECT_FINDINGS, [row["id"] for row in rows])
         return [dict(row) | {"findings": _of(row["id"], findings)} for row in rows]
+
+    async def find_last(self) -> dict[str, Any] | None:
+        """The newest sweep of every cloud that was not a dry run, without its findings; None if there was none."""
+        row = await self._pool.fetchrow(self.SELECT_LAST)
+        return None if row is None else dict(row)
 
 
 def _of(sweep_id: UUID, findings: Sequence[asyncpg.Record]) -> list[dict[str, Any]]:

@@ -116,14 +116,22 @@ class Registry:
 
 
 def activate(
-    instance: WorkflowInstance, run: Run, at_ns: int, history_length: int, jobs: Sequence[Job], is_replaying: bool
-) -> tuple[Command, ...]:
-    """The workflow's commands in answer to these jobs. Raises AssertionError when the task fails (T6)."""
+    instance: WorkflowInstance,
+    run: Run,
+    at_ns: int,
+    history_length: int,
+    jobs: Sequence[Job],
+    flags: frozenset[int],
+    *,
+    is_replaying: bool,
+) -> Activation:
+    """Activate the workflow with these jobs. Raises AssertionError when the task fails (T6)."""
     asked = activation_pb.WorkflowActivation(
         run_id=run.run_id,
         is_replaying=is_replaying,
         history_length=history_length,
         continue_as_new_suggested=history_length >= SUGGESTED_EVENTS,
+        available_internal_flags=sorted(flags),
     )
     asked.timestamp.FromNanoseconds(at_ns)
     asked.jobs.extend(jobs)
@@ -133,7 +141,8 @@ def activate(
             f"T6: a task of {run.workflow_id} ({run.type}) failed: {answer.failed.failure.message}\n"
             f"{answer.failed.failure.stack_trace}"
         )
-    return tuple(answer.successful.commands)
+    used = flags | set(answer.successful.used_internal_flags)
+    return Activation(at_ns, history_length, tuple(jobs), tuple(answer.successful.commands), used)
 
 
 def on_its_own_loop(instance: WorkflowInstance, asked: activation_pb.WorkflowActivation) -> Any:
@@ -273,14 +282,15 @@ class Process:
         batch: list[Activation] = []
         kinds = {seq: pending.command.cancellation_type for seq, pending in run.activities.items()}
         resolved: set[int] = set(run.resolved)
+        flags: frozenset[int] = run.recorded[-1].flags if run.recorded else frozenset()
         following = list(jobs)
         while following:
             length = run.events + len(batch)
             resolved |= {job.resolve_activity.seq for job in following if job.HasField("resolve_activity")}
-            commands = activate(instance, run, at_ns, length, following, False)
-            batch.append(Activation(at_ns, length, tuple(following), commands))
-            following = []
-            for command in commands:
+            done = activate(instance, run, at_ns, length, following, flags, is_replaying=False)
+            batch.append(done)
+            flags, following = done.flags, []
+            for command in done.commands:
                 variant = command.WhichOneof("variant")
                 if variant == "schedule_activity":
                     kinds[command.schedule_activity.seq] = command.schedule_activity.cancellation_type
@@ -310,10 +320,10 @@ class Process:
                     job = Job()
                     job.notify_has_patch.patch_id = command.set_patch_marker.patch_id
                     jobs.insert(0, job)
-            commands = activate(instance, run, part.at_ns, part.history_length, jobs, True)
-            assert same(commands, part.commands), (
+            again = activate(instance, run, part.at_ns, part.history_length, jobs, part.flags, is_replaying=True)
+            assert same(again.commands, part.commands), (
                 f"T2: {run.workflow_id} ({run.type}) answers activation {position} differently in a replay:\n"
-                f"first: {shown(part.commands)}\nnow:   {shown(commands)}"
+                f"jobs: {[j.WhichOneof('variant') for j in part.jobs]}\nfirst: {shown(part.commands)}\nnow:   {shown(again.commands)}"
             )
         return instance
 

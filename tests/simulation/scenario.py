@@ -298,7 +298,7 @@ class Scenario:
             services[name].shares = {
                 Fault.REFUSED: dice.choice([0.0, 0.03]),
                 Fault.LOST_REPLY: dice.choice([0.0, 0.03, 0.1]),
-                Fault.SLOW: dice.choice([0.0, 0.03]),
+                Fault.SLOW: 0.2 if self._is_eager else dice.choice([0.0, 0.03]),
                 Fault.LATE: dice.choice([0.0, 0.3]) if self.profile.sweeps else 0.0,
             }
         for _ in range(dice.randint(0, 3)):
@@ -402,7 +402,8 @@ class Scenario:
 async def live(seed: int, known: Registry, profile: Profile | None = None, *, is_eager: bool = False) -> World:
     """Live through one seed; the world, at rest. Raises Violation, whose message has the trace.
 
-    People who are `eager` drain, cancel and terminate far more, and mostly what has only just begun.
+    Where people are eager, they drain, cancel and terminate far more, mostly what has only just begun, and the network
+    is slow enough for much to be under way.
     """
     world = World(seed, known)
     try:

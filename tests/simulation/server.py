@@ -60,6 +60,8 @@ class Activation:
     history_length: int
     jobs: tuple[Job, ...]
     commands: tuple[Command, ...]
+    # The SDK's own flags that were used so far: history tells them to a replay, so that it decides as it did then.
+    flags: frozenset[int] = frozenset()
 
 
 class Executor(Protocol):

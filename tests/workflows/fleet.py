@@ -126,6 +126,7 @@ class MadeUpCloud:
     lag_reads: int = 0  # A new machine is unknown to so many reads.
     machines: dict[str, Machine] = field(default_factory=dict[str, Machine])
     engines: dict[str, EngineServer] = field(default_factory=dict[str, EngineServer])
+    listed: int = 0  # How often the list was asked for.
     ever: list[str] = field(default_factory=list[str])
     before: dict[str, deque[Fault]] = field(default_factory=dict[str, deque[Fault]])
     after: dict[str, deque[Fault]] = field(default_factory=dict[str, deque[Fault]])
@@ -172,6 +173,7 @@ class MadeUpCloud:
 
     async def list_all(self, prefix: str) -> list[Machine]:
         async with self._call("list_all"):
+            self.listed += 1
             return [machine for cluster, machine in self.machines.items() if cluster.startswith(prefix)]
 
     async def end(self, cluster: str) -> None:
