@@ -25,14 +25,16 @@ async def summarize(
     Raises Rejected for instants that cannot be read, Unavailable when Postgres does not answer.
     """
     start_at = _instant(options, "start") or now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    # The hour that is running is read as a whole: nothing in it is later than now.
-    end_at = _instant(options, "end") or next_hour(now)
+    asked_end_at = _instant(options, "end")
+    end_at = asked_end_at or now + timedelta(seconds=1)
     if not start_at < end_at <= start_at + LONGEST_SPAN:
         raise Rejected(
             f"end must be after start, by at most {LONGEST_SPAN.days} days.", code="invalid_range", param="end"
         )
+    # The hour that is running is read as a whole: nothing in it is later than now.
+    read_until = asked_end_at or next_hour(now)
     try:
-        rows = await within(READ_TIMEOUT_S, store.sum_environment(principal.environment_id, start_at, end_at))
+        rows = await within(READ_TIMEOUT_S, store.sum_environment(principal.environment_id, start_at, read_until))
     except Exception as error:
         raise Unavailable("Usage cannot be read at the moment; try again.", retry_after_s=5) from error
     totals = {

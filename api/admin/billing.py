@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from api.admin.catalog import resolve_model
 from api.admin.context import ACTOR, Admin, AdminRoute
@@ -25,7 +25,7 @@ router = APIRouter(route_class=AdminRoute)
 
 MonthPath = Annotated[str, Path(max_length=32, examples=["2026-11"])]
 BookName = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
-E10 = Annotated[int, Field(ge=0, le=10**15, description="10⁻¹⁰ USD.")]
+E10 = Annotated[int, Field(strict=True, ge=0, le=10**15, description="10⁻¹⁰ USD.")]
 
 
 class LineOut(BaseModel):
@@ -82,8 +82,8 @@ class StatementOut(BaseModel):
 class TierModel(Body):
     """Tokens of a month behind the first `above_tokens` cost `discount_percent` less."""
 
-    above_tokens: int = Field(ge=1, le=10**15)
-    discount_percent: int = Field(ge=0, le=100)
+    above_tokens: int = Field(strict=True, ge=1, le=10**15)
+    discount_percent: int = Field(strict=True, ge=0, le=100)
 
 
 class PriceModel(Body):
@@ -99,10 +99,10 @@ class PriceBookModel(Body):
 
     name: BookName
     prices: list[PriceModel] = Field(max_length=2000)
-    multipliers_bp: dict[str, int] = Field(max_length=200, description="By region, in basis points.")
+    multipliers_bp: dict[str, StrictInt] = Field(max_length=200, description="By region, in basis points.")
     tiers: list[TierModel] = Field(default_factory=list[TierModel], max_length=20)
-    free_tokens: int = Field(default=0, ge=0, le=10**12)
-    capacity_unit_e10: int = Field(ge=0, le=10**15, description="A capacity unit's month, in 10⁻¹⁰ USD.")
+    free_tokens: int = Field(default=0, strict=True, ge=0, le=10**12)
+    capacity_unit_e10: int = Field(strict=True, ge=0, le=10**15, description="A capacity unit's month, in 10⁻¹⁰ USD.")
 
 
 class PriceBookStartOut(BaseModel):
@@ -148,7 +148,7 @@ class CreditIn(Body):
     """A credit, once for each reason."""
 
     kind: CreditKind
-    cents: int = Field(ge=1, le=10**9)
+    cents: int = Field(strict=True, ge=1, le=10**9)
     reason: Annotated[str, Field(min_length=1, max_length=100)] = Field(
         description="What it is for; the same reason is granted once.", examples=["launch-2026"]
     )

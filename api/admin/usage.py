@@ -158,15 +158,15 @@ async def get_usage(
     """Requests and tokens, summed. Records arrive within seconds of their request."""
     now = datetime.now(UTC)
     start_at = start or now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    # The hour that is running is read as a whole: nothing in it is later than now.
-    end_at = end or next_hour(now)
+    end_at = end or now + timedelta(seconds=1)
     if not start_at < end_at <= start_at + LONGEST_SPAN:
         raise Rejected(
             f"end must be after start, by at most {LONGEST_SPAN.days} days.", code="invalid_range", param="end"
         )
     org_id = None if org is None else (await find_org(admin, org, param="org")).id
     dimensions = by or ["org", "environment", "model"]
-    rows = await admin.usage.sum_by(dimensions, start_at, end_at, org_id=org_id, limit=MOST_ROWS + 1)
+    # The hour that is running is read as a whole: nothing in it is later than now.
+    rows = await admin.usage.sum_by(dimensions, start_at, end or next_hour(now), org_id=org_id, limit=MOST_ROWS + 1)
     if len(rows) > MOST_ROWS:
         raise Rejected(
             f"That is more than {MOST_ROWS} rows. Ask for a shorter time, one org, or fewer dimensions.",

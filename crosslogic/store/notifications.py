@@ -52,14 +52,14 @@ class NotificationStore:
     """
     # Rated hours as they were rated, later ones by list price. Only orgs that used something in the last two days.
     SPENDING = """
-        WITH spent AS (
-            SELECT org_id, hour, microdollars FROM rated_hours
-            WHERE hour >= least($1::timestamptz, $2::timestamptz - interval '14 days')
-              AND hour < (SELECT rated_until FROM usage_horizon)
+        WITH span AS (
+            SELECT least($1::timestamptz, $2::timestamptz - interval '14 days') AS starts_at, rated_until
+            FROM usage_horizon
+        ), spent AS (
+            SELECT org_id, hour, microdollars FROM rated_hours, span WHERE hour >= starts_at AND hour < rated_until
             UNION ALL
-            SELECT org_id, billed_hour, list_price_microdollars FROM usage_hours
-            WHERE billed_hour >= least($1::timestamptz, $2::timestamptz - interval '14 days')
-              AND billed_hour >= (SELECT rated_until FROM usage_horizon)
+            SELECT org_id, billed_hour, list_price_microdollars FROM usage_hours, span
+            WHERE billed_hour >= greatest(starts_at, rated_until)
               AND reservation_id IS NULL
         ), days AS (
             SELECT org_id, date_bin('1 day', hour, 'epoch') AS day, sum(microdollars)::bigint AS amount,

@@ -323,7 +323,8 @@ class Process:
             again = activate(instance, run, part.at_ns, part.history_length, jobs, part.flags, is_replaying=True)
             assert same(again.commands, part.commands), (
                 f"T2: {run.workflow_id} ({run.type}) answers activation {position} differently in a replay:\n"
-                f"jobs: {[j.WhichOneof('variant') for j in part.jobs]}\nfirst: {shown(part.commands)}\nnow:   {shown(again.commands)}"
+                f"jobs: {[j.WhichOneof('variant') for j in part.jobs]}\n"
+                f"first: {shown(part.commands)}\nnow:   {shown(again.commands)}"
             )
         return instance
 

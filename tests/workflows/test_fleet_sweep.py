@@ -56,7 +56,8 @@ async def end_long_ago(fleet: FleetUnderTest, node: Node) -> None:
     await fleet.lifecycle(node).signal(names.DRAIN)
     await fleet.lifecycle(node).result()
     await fleet.pool.execute(
-        "UPDATE nodes SET tombstoned_at = now() - interval '1 hour', ended_at = now() - interval '1 hour' WHERE id = $1",
+        "UPDATE nodes SET tombstoned_at = now() - interval '1 hour', ended_at = now() - interval '1 hour' "
+        "WHERE id = $1",
         node.id,
     )
     engine = fleet.cloud.engines[node.cluster]
