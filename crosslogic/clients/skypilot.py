@@ -282,6 +282,7 @@ class SkyPilot:
     # --- What a cluster is doing.
 
     async def _find_running(self, cluster: str, record: Mapping[str, Any]) -> Machine:
+        jobs: list[dict[str, Any]] = []
         try:
             jobs = await self._ask(
                 "/queue", {"cluster_name": cluster, "skip_finished": False, "all_users": True}, _SHORT_S
@@ -290,13 +291,12 @@ class SkyPilot:
             if error.type != "ClusterNotUpError":
                 raise _translate(error) from error
             # Its machine runs, so its status is UP; but the launch ended before SkyPilot could set it up.
-            jobs = []
         if not jobs:
             return Machine(
                 cluster, MachineStatus.STARTING, reason="it is up, but its task was never started", is_order_lost=True
             )
         # A repeated launch adds a job; the newest is the one that counts.
-        job = max(jobs, key=lambda job: job["job_id"])
+        job = max(jobs, key=lambda one: int(one["job_id"]))
         status = str(job["status"]).rpartition(".")[2]
         if status in _JOB_WAITS:
             return Machine(cluster, MachineStatus.STARTING, reason="it is installing its engine")

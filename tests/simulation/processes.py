@@ -283,7 +283,7 @@ class Process:
         kinds = {seq: pending.command.cancellation_type for seq, pending in run.activities.items()}
         resolved: set[int] = set(run.resolved)
         flags: frozenset[int] = run.recorded[-1].flags if run.recorded else frozenset()
-        following = list(jobs)
+        following: list[Any] = list(jobs)
         while following:
             length = run.events + len(batch)
             resolved |= {job.resolve_activity.seq for job in following if job.HasField("resolve_activity")}

@@ -152,10 +152,14 @@ def sweep_without_a_row() -> Generator[None]:
         yield
 
 
+def _anything_is_ours(*_: object) -> bool:
+    return True
+
+
 @contextlib.contextmanager
 def sweep_of_everything() -> Generator[None]:
     """The sweep takes every machine with our prefix for ours."""
-    with patch.object(sweep_activities, "bears_our_mark", lambda *_: True):  # pyright: ignore[reportUnknownLambdaType]
+    with patch.object(sweep_activities, "bears_our_mark", _anything_is_ours):
         yield
 
 

@@ -41,7 +41,8 @@ async def plant(fleet: FleetUnderTest, node_secret: str) -> str:
 
 
 async def start(fleet: FleetUnderTest, **fields: Any) -> WorkflowHandle[Any, Any]:
-    order = FleetSweepInput(**{"look_again_s": SECOND_LOOK_S, **fields})
+    given: dict[str, Any] = {"look_again_s": SECOND_LOOK_S, **fields}
+    order = FleetSweepInput(**given)
     return await fleet.client.start_workflow(
         names.FLEET_SWEEP, order, id=f"sweep-{uuid4()}", task_queue=fleet.task_queue
     )
