@@ -284,7 +284,7 @@ class SkyPilot:
     async def _find_running(self, cluster: str, record: Mapping[str, Any]) -> Machine:
         jobs: list[dict[str, Any]] = []
         try:
-            jobs = await self._ask(
+            jobs: list[dict[str, Any]] = await self._ask(
                 "/queue", {"cluster_name": cluster, "skip_finished": False, "all_users": True}, _SHORT_S
             )
         except RequestFailed as error:

@@ -112,6 +112,13 @@ class AwsRig:
         return answer.text
 
 
+def _gpu_info(gpu: str, count: int) -> str:
+    """The catalog's own description of an instance's GPUs; SkyPilot lists no offer without one."""
+    memory = {"SizeInMiB": 81_559}
+    each = {"Name": gpu, "Manufacturer": "NVIDIA", "Count": count, "MemoryInfo": memory}
+    return str({"Gpus": [each], "TotalGpuMemoryInMiB": count * 81_559})
+
+
 def _catalogs() -> dict[str, str]:
     """SkyPilot's price lists of what the emulated account can rent."""
     vms = [
@@ -122,9 +129,9 @@ def _catalogs() -> dict[str, str]:
     for region, zones in _ZONES.items():
         for zone in zones:
             for name, gpu, count, processors, memory, on_demand, spot in _TYPES:
-                vms.append(
-                    f"{name},{gpu},{count or ''},{processors},{memory},,{on_demand},{spot},{region},{zone},x86_64,,,,,0"
-                )
+                info = f"\"{_gpu_info(gpu, count)}\"" if gpu else ""
+                machine = f"{name},{gpu},{count or ''},{processors},{memory},{info}"
+                vms.append(f"{machine},{on_demand},{spot},{region},{zone},x86_64,,,,,0")
         images += [f"skypilot:{image},{region},ubuntu,22.04,{_IMAGE},2026-01-01," for image in _IMAGES]
     return {
         "aws/vms.csv": "\n".join(vms) + "\n",
