@@ -77,6 +77,7 @@ class DemandTeller:
         self._admission = admission
         self._observer = observer
         self._now = now
+        self._looked_at = now()
         self._histories: dict[Place, _History] = {}
 
     def see(self) -> dict[Place, ProcessDemand]:
@@ -92,7 +93,11 @@ class DemandTeller:
             queued = here.queued_tokens if here is not None else 0.0
             flying = in_flight.get(place, 0) + (here.entering_tokens if here is not None else 0)
             reading = _Reading(now, totals.get(place, Totals()), sheds.get(place, 0), flying + queued)
-            before = self._histories.setdefault(place, _History()).add(reading)
+            history = self._histories.get(place)
+            if history is None:
+                # Nothing had been counted here when this process last looked.
+                history = self._histories[place] = _History(deque([_Reading(self._looked_at, Totals(), 0, 0.0)]))
+            before = history.add(reading)
             passed_s = max(INTERVAL_S, now - before.at)
             served = _work(reading.totals) - _work(before.totals)
             # What came is what went and what there is more of now.
@@ -107,6 +112,7 @@ class DemandTeller:
                 sheds_per_s=(reading.shed - before.shed) / passed_s,
                 ttft_counts=_spread(reading.totals.first_token, before.totals.first_token),
             )
+        self._looked_at = now
         return seen
 
     async def keep_telling(self) -> None:

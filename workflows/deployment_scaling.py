@@ -20,6 +20,8 @@ from workflows.steps import QUICK, check_cancelled, explain, is_cancel_requested
 
 # After an order that was refused: what is wrong is mended by people.
 REFUSED_PAUSE_S = 60.0
+# After a drain that reached nobody: nodes are handed over within a moment.
+MISSED_PAUSE_S = 1.0
 
 
 @workflow.defn(name=DEPLOYMENT_SCALING)
@@ -35,6 +37,7 @@ class DeploymentScaling:
 
     def __init__(self) -> None:
         self._is_nudged = False
+        self._missed: set[str] = set()
 
     @workflow.signal(name=LOOK_AGAIN)
     def look_again(self) -> None:
@@ -60,8 +63,11 @@ class DeploymentScaling:
             )
             if not plan.exists:
                 return f"there is no deployment {input.deployment!r} any more"
-            input = replace(input, memories=plan.memories)
+            self._missed.clear()
             plans = [await self._apply(input.deployment, plan.model, region) for region in plan.plans]
+            # Whom nobody could tell to drain is not on its way out.
+            memories = [memory.forgetting(self._missed) for memory in plan.memories]
+            input = replace(input, memories=memories)
             pause_s = min((region.look_again_s for region in plans), default=30.0)
             self._explain(input.deployment, plan, plans, pause_s)
             try:
@@ -82,7 +88,9 @@ class DeploymentScaling:
                 reason = f"{plan.reason}; {ordered} ordered, then refused: {explain(error)}"
                 return replace(plan, look_again_s=REFUSED_PAUSE_S, reason=reason)
         for node_id in plan.drains:
-            await self._drain(node_id, plan.desired)
+            if not await self._drain(node_id, plan.desired):
+                self._missed.add(node_id)
+                plan = replace(plan, look_again_s=min(plan.look_again_s, MISSED_PAUSE_S))
         return plan
 
     async def _order(self, deployment: str, model: str, region: str, kind: NodeKind) -> None:
@@ -105,18 +113,21 @@ class DeploymentScaling:
             static_summary=f"{model} in {region} for {deployment}",
         )
 
-    async def _drain(self, node_id: str, desired: int) -> None:
+    async def _drain(self, node_id: str, desired: int) -> bool:
         responsible = await workflow.execute_activity_method(
             DeploymentActivities.find_responsible, node_id, **QUICK, summary="Find who is responsible for the node"
         )
-        if responsible.workflow_id:
-            try:
-                await workflow.get_external_workflow_handle(responsible.workflow_id).signal(
-                    DRAIN, f"its deployment wants {desired} replicas"
-                )
-            except FailureError:
-                # It was handed over in this moment, or is gone: the next look sees it.
-                workflow.logger.info("nobody to tell at %s", responsible.workflow_id)
+        if not responsible.workflow_id:
+            return False
+        try:
+            await workflow.get_external_workflow_handle(responsible.workflow_id).signal(
+                DRAIN, f"its deployment wants {desired} replicas"
+            )
+        except FailureError:
+            # It was handed over in this moment, or is gone: the next look sees it.
+            workflow.logger.info("nobody to tell at %s", responsible.workflow_id)
+            return False
+        return True
 
     def _explain(self, name: str, plan: DeploymentPlan, plans: list[RegionPlan], pause_s: float) -> None:
         lines = "\n".join(f"- {region.region}: {region.reason}" for region in plans) or "- it promises no region"

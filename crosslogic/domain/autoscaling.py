@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from crosslogic.domain.deployment import (
@@ -138,6 +138,10 @@ class RegionMemory:
     headroom: float = 0.0
     seen_at: float = 0.0
     drains: tuple[str, ...] = ()
+
+    def forgetting(self, node_ids: Collection[str]) -> RegionMemory:
+        """The same, without having told these nodes to drain."""
+        return replace(self, drains=tuple(node_id for node_id in self.drains if node_id not in node_ids))
 
 
 @dataclass(frozen=True, slots=True)

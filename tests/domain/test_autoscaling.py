@@ -369,6 +369,9 @@ class TestSurplus:
         assert len(first.drains) == 1
         assert looks.look(BUSY).drains == ()
         assert looks.look(BUSY, after_s=DRAIN_BEGINS_S).drains == first.drains
+        assert looks.memory is not None
+        looks.memory = looks.memory.forgetting(first.drains)
+        assert looks.look(BUSY).drains == first.drains
 
 
 DEMANDS = st.none() | st.builds(
