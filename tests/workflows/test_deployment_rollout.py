@@ -71,6 +71,14 @@ class RolloutUnderTest:
         found: dict[str, Any] = await self.fleet.until(what, read)
         return found
 
+    async def until_watched(self, handle: WorkflowHandle[Any, Any]) -> None:
+        """Its first share is written, and the workflow compares what comes from now on."""
+
+        async def is_proving() -> bool:
+            return await handle.query(names.STATE) == "prove"
+
+        await self.fleet.until("a share is watched", is_proving)
+
     async def check(self, revision: int, replicas: int) -> None:
         """Only that revision serves, with so many nodes; nothing else is left, and the floor has held (F1, F8)."""
         serving = await self.serving()
@@ -211,7 +219,7 @@ class TestGates:
     async def test_slow_answers_lead_back(self, rollout: RolloutUnderTest) -> None:
         await rollout.prepare(1)
         handle = await rollout.start(bake_s=600, longest_bake_s=600)
-        await rollout.until("a share", lambda row: row["traffic_bp"] == 5000)
+        await rollout.until_watched(handle)
         for node in await rollout.serving():
             await add_requests(rollout.fleet, node, 30, ttft_ms=100 if node.revision == 1 else 900)
         await handle.signal(names.LOOK_AGAIN)
@@ -222,7 +230,7 @@ class TestGates:
     async def test_failed_tries_that_no_client_saw_lead_back(self, rollout: RolloutUnderTest) -> None:
         await rollout.prepare(1)
         handle = await rollout.start(bake_s=600, longest_bake_s=600)
-        await rollout.until("a share", lambda row: row["traffic_bp"] == 5000)
+        await rollout.until_watched(handle)
         old, new = sorted(await rollout.serving(), key=lambda node: node.revision)
         await add_requests(rollout.fleet, old, 30, ttft_ms=100, failed_on=new)
         await handle.signal(names.LOOK_AGAIN)
