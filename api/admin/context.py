@@ -86,8 +86,26 @@ _DATABASE_AWAY = (
 )
 
 
-class AdminRoute(APIRoute):
-    """Lets a request in by the service token only, and turns a database that is away into a 503."""
+class StoreRoute(APIRoute):
+    """Turns a database that is away into a 503."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler with its errors told apart."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except asyncpg.DataError:
+                raise  # An InterfaceError too, but our own mistake.
+            except _DATABASE_AWAY as error:
+                raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
+
+        return guarded
+
+
+class AdminRoute(StoreRoute):
+    """Lets a request in by the service token only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler behind the door."""
@@ -95,12 +113,7 @@ class AdminRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             check_token(request.headers.get("authorization", ""), _context(request).settings)
-            try:
-                return await handle(request)
-            except asyncpg.DataError:
-                raise  # An InterfaceError too, but our own mistake.
-            except _DATABASE_AWAY as error:
-                raise Unavailable("The database cannot be reached now; try again.", code="database_away") from error
+            return await handle(request)
 
         return guarded
 
