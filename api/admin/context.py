@@ -118,8 +118,21 @@ _DATABASE_AWAY = (
 )
 
 
-class AdminRoute(APIRoute):
-    """Lets a request in by the service token only, and turns a database that is away into a 503."""
+class StoreRoute(APIRoute):
+    """Turns a database that is away into a 503."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The route's handler with its errors told apart."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            return await guard_database(handle(request))
+
+        return guarded
+
+
+class AdminRoute(StoreRoute):
+    """Lets a request in by the service token only."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The route's handler behind the door."""
@@ -127,7 +140,7 @@ class AdminRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             check_token(request.headers.get("authorization", ""), _context(request).settings)
-            return await guard_database(handle(request))
+            return await handle(request)
 
         return guarded
 

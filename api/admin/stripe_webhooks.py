@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from api.admin.context import Admin, AdminContext
-from crosslogic.domain.errors import Rejected, Unavailable
+from api.admin.context import Admin, AdminContext, StoreRoute
+from api.admin.schemas import ErrorOut
+from crosslogic.domain.errors import Rejected
 from crosslogic.store.stripe import StripeStore
 
 if TYPE_CHECKING:
@@ -27,13 +28,16 @@ _METER_ERRORS = ("v1.billing.meter.error_report_triggered", "v1.billing.meter.no
 _KINDS = ("invoice", "subscription", "dispute")
 
 # Beside the admin routes, not behind their door: Stripe has no token, it signs.
-router = APIRouter(prefix="/stripe", tags=["billing"])
+router = APIRouter(prefix="/stripe", tags=["billing"], route_class=StoreRoute)
 
 
 @router.post(
     "/webhooks",
     summary="Where Stripe tells of invoices, payments, subscriptions, disputes and meter errors",
-    responses={400: {"description": "No signature of ours, or an old one: nothing was written."}},
+    responses={
+        "4XX": {"model": ErrorOut, "description": "No signature of ours, or an old one: nothing was written."},
+        "5XX": {"model": ErrorOut, "description": "503: Stripe or Postgres is away; it is to be delivered again."},
+    },
 )
 async def receive(request: Request, admin: Admin) -> dict[str, str]:
     """Take one delivery. Answers 503 while Stripe cannot be asked, so that it is delivered again."""
@@ -81,7 +85,7 @@ async def _body(request: Request) -> bytes:
 async def _account(request: Request, admin: AdminContext) -> StripeAccount:
     key = admin.settings.stripe_api_key
     if key is None:
-        raise Unavailable("Billing is off: CROSSLOGIC_STRIPE_API_KEY is not set.", code="billing_off", retry_after_s=60)
+        raise Rejected("Billing is off: CROSSLOGIC_STRIPE_API_KEY is not set.", status=404, code="billing_off")
     kept: Any = getattr(request.app.state, "stripe", None)
     if kept is None:
         # Half a second and 30 MB that only who bills shall pay.

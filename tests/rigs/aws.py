@@ -129,7 +129,7 @@ def _catalogs() -> dict[str, str]:
     for region, zones in _ZONES.items():
         for zone in zones:
             for name, gpu, count, processors, memory, on_demand, spot in _TYPES:
-                info = f"\"{_gpu_info(gpu, count)}\"" if gpu else ""
+                info = f'"{_gpu_info(gpu, count)}"' if gpu else ""
                 machine = f"{name},{gpu},{count or ''},{processors},{memory},{info}"
                 vms.append(f"{machine},{on_demand},{spot},{region},{zone},x86_64,,,,,0")
         images += [f"skypilot:{image},{region},ubuntu,22.04,{_IMAGE},2026-01-01," for image in _IMAGES]

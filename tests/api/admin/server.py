@@ -11,10 +11,9 @@ from collections.abc import AsyncGenerator, Generator
 from functools import partial
 
 import uvicorn
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from api import admin, error_handlers
-from api.admin import stripe_webhooks
 from api.admin.context import AdminContext
 from crosslogic.clients import temporal
 from crosslogic.settings import Settings
@@ -24,8 +23,8 @@ TOKEN = "adm_a-token-for-tests-of-the-admin-api"
 
 
 @contextlib.contextmanager
-def serving(settings: Settings) -> Generator[str]:
-    """The URL of the admin API, served from a thread until the block ends."""
+def serving(settings: Settings, *beside: APIRouter) -> Generator[str]:
+    """The URL of the admin API and of what stands beside it, served from a thread until the block ends."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -37,7 +36,8 @@ def serving(settings: Settings) -> Generator[str]:
     app = FastAPI(lifespan=lifespan)
     error_handlers.install(app)
     app.include_router(admin.router)
-    app.include_router(stripe_webhooks.router)
+    for router in beside:
+        app.include_router(router)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level=logging.INFO))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)

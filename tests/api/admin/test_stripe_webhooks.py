@@ -15,6 +15,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from api.admin import stripe_webhooks
 from crosslogic.cli.stripe_setup import set_up_webhooks
 from crosslogic.clients.stripe import StripeAccount
 from crosslogic.dev.stripe_double.webhooks import sign
@@ -65,7 +66,7 @@ def settings(double: Double, database: str) -> Settings:
 
 @pytest.fixture
 def api(settings: Settings) -> Iterator[str]:
-    with serving(settings) as url:
+    with serving(settings, stripe_webhooks.router) as url:
         yield url
 
 
@@ -197,6 +198,11 @@ class TestReceive:
         assert notices.deliver(event).json() == {"status": "handled"}
         assert notices.deliver(event).json() == {"status": "known"}
         assert (await store.standing(customer)).unpaid_invoices
+
+    def test_without_a_key_there_is_nothing_here(self, database: str) -> None:
+        with serving(make_settings(database_url=database, admin_token=TOKEN), stripe_webhooks.router) as url:
+            answer = httpx.post(f"{url}/stripe/webhooks", trust_env=False)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "billing_off")
 
     async def test_meter_events_that_were_thrown_away_are_kept(
         self, double: Double, account: StripeAccount, notices: Notices, store: StripeStore
