@@ -94,7 +94,9 @@ class SweepActivities:
         names = {machine.cluster for machine in present}
         for row in await self._nodes.list_alive():
             if row.provider == provider and row.cluster not in names and is_missing(row, now):
-                judged = Judgement(Standing.MISSING, f"the node is {row.state}, and the cloud does not list its machine")
+                judged = Judgement(
+                    Standing.MISSING, f"the node is {row.state}, and the cloud does not list its machine"
+                )
                 findings.append(_finding(provider, row.cluster, judged, row.node_id))
         return Inventory(
             taken.machines + len(present),

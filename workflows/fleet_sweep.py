@@ -45,8 +45,8 @@ class FleetSweep:
     {"provider": "", "dry_run": true}
     ```
 
-    Machines of another installation are reported and left alone; a row whose machine is missing has its workflow told to
-    look. Cancelling stops it after what is under way, and what was done is written down; the next sweep begins anew.
+    Machines of another installation are reported and left alone; a node whose machine is missing has its workflow told
+    to look. Cancelling stops it after what is under way, and what was done is written down; the next sweep begins anew.
     """
 
     def __init__(self) -> None:
@@ -120,9 +120,7 @@ class FleetSweep:
         check_cancelled()
         second = await self._look(input)
         before = {(found.provider, found.cluster): found.standing for found in first.findings}
-        agreed = [
-            found for found in second.findings if before.get((found.provider, found.cluster)) == found.standing
-        ]
+        agreed = [found for found in second.findings if before.get((found.provider, found.cluster)) == found.standing]
         return agreed, second
 
     async def _act(self, findings: list[SweepFinding], most: int) -> list[SweepFinding]:

@@ -368,7 +368,9 @@ class Observer:
             "crosslogic_usage_lag_seconds", "Age of the oldest usage record that is not in Postgres yet."
         )
         self.swept = Gauge(
-            "crosslogic_sweep_machines", "Machines in the last sweep of all clouds, by what they are to us.", ("standing",)
+            "crosslogic_sweep_machines",
+            "Machines in the last sweep of all clouds, by what they are to us.",
+            ("standing",),
         )
         self.sweep_age = Gauge("crosslogic_sweep_age_seconds", "Since the last sweep of all clouds began.")
         self._process = Gauge("crosslogic_process_info", "1; which process this page is of.", ("pid",))

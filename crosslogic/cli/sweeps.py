@@ -11,7 +11,18 @@ from crosslogic.cli.tenancy import Most
 
 app = typer.Typer(no_args_is_help=True)
 
-COLUMNS = ("id", "started_at", "machines", "owned", "ending", "destroyed", "foreign", "unexplained", "missing", "unasked")
+COLUMNS = (
+    "id",
+    "started_at",
+    "machines",
+    "owned",
+    "ending",
+    "destroyed",
+    "foreign",
+    "unexplained",
+    "missing",
+    "unasked",
+)
 FINDING = ("sweep", "cluster", "standing", "reason", "outcome")
 
 

@@ -111,7 +111,9 @@ class Laws:
                     continue
                 outlived_s = (now - row.tombstoned_at).total_seconds()
                 if outlived_s > LONGEST_AFTERLIFE_S:
-                    self._world.broke(f"F3: the machine of {row.node_id} has outlived its tombstone by {outlived_s:.0f} s")
+                    self._world.broke(
+                        f"F3: the machine of {row.node_id} has outlived its tombstone by {outlived_s:.0f} s"
+                    )
             await asyncio.sleep(20.0)
 
     def at_rest(self) -> list[str]:
@@ -135,11 +137,19 @@ class Laws:
         for row in alive:
             entry = world.board.entries.get(row.node_id)
             if entry is not None and entry != row.route_entry:
-                broken.append(f"F1: the route board has generation {entry.generation} of {row.node_id}, not {row.generation}")
-        broken += [f"T6: {run.workflow_id} still runs" for run in world.server.runs.values() if self._is_stuck(run.type, run.workflow_id)]
+                broken.append(
+                    f"F1: the route board has generation {entry.generation} of {row.node_id}, not {row.generation}"
+                )
+        broken += [
+            f"T6: {run.workflow_id} still runs"
+            for run in world.server.runs.values()
+            if self._is_stuck(run.type, run.workflow_id)
+        ]
         standing = [names.fleet_health_workflow_id(region.name) for region in REGIONS]
         standing += [names.deployment_workflow_id(name) for name in world.catalog.deployments]
-        broken += [f"F5: {workflow_id} does not run" for workflow_id in standing if workflow_id not in world.server.runs]
+        broken += [
+            f"F5: {workflow_id} does not run" for workflow_id in standing if workflow_id not in world.server.runs
+        ]
         for deployment in world.catalog.deployments.values():
             for target in deployment.regions:
                 count = sum(row.deployment == deployment.name and row.region == target.region for row in alive)

@@ -187,9 +187,7 @@ class Reach:
             )
 
         async def call(*arguments: Any, **options: Any) -> Any:
-            return await self._network.call(
-                self._process, self._service, name, partial(method, *arguments, **options)
-            )
+            return await self._network.call(self._process, self._service, name, partial(method, *arguments, **options))
 
         setattr(self, name, call)
         return call

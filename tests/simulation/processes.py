@@ -209,7 +209,7 @@ class Process:
     def register(self, activities: Sequence[Callable[..., Any]]) -> None:
         """Take the activities that `worker.assemble` has made for this process."""
         for method in activities:
-            definition: Any = getattr(method, "__temporal_activity_definition")  # noqa: B009
+            definition: Any = getattr(method, "__temporal_activity_definition")
             self._activities[definition.name] = method
 
     # Life and death.
@@ -299,13 +299,10 @@ class Process:
                     # The SDK's core answers this itself and at once, unless the workflow wants to wait.
                     if kinds[seq] != ActivityCancellationType.WAIT_CANCELLATION_COMPLETED and seq not in resolved:
                         scheduled = next(
-                            (
-                                found.schedule_activity
-                                for part in (*run.recorded, *batch)
-                                for found in part.commands
-                                if found.WhichOneof("variant") == "schedule_activity"
-                                and found.schedule_activity.seq == seq
-                            )
+                            found.schedule_activity
+                            for part in (*run.recorded, *batch)
+                            for found in part.commands
+                            if found.WhichOneof("variant") == "schedule_activity" and found.schedule_activity.seq == seq
                         )
                         job = cancelled_activity(scheduled)
                         job.resolve_activity.seq = seq
@@ -326,7 +323,8 @@ class Process:
             again = activate(instance, run, part.at_ns, part.history_length, jobs, part.flags, is_replaying=True)
             assert same(again.commands, part.commands), (
                 f"T2: {run.workflow_id} ({run.type}) answers activation {position} differently in a replay:\n"
-                f"jobs: {[j.WhichOneof('variant') for j in part.jobs]}\nfirst: {shown(part.commands)}\nnow:   {shown(again.commands)}"
+                f"jobs:  {', '.join(job.WhichOneof('variant') or '' for job in part.jobs)}\n"
+                f"first: {shown(part.commands)}\nnow:   {shown(again.commands)}"
             )
         return instance
 

@@ -41,7 +41,7 @@ class OneNode:
         """Let a fault happen to the so-manieth call that is about the node."""
 
         def plan(call: Call) -> Fault | None:
-            if call.operation in BACKGROUND or not self.world.nodes.rows and call.operation == "check_health":
+            if call.operation in BACKGROUND or (not self.world.nodes.rows and call.operation == "check_health"):
                 return None
             self.steps.append(call)
             return fault if len(self.steps) - 1 == step else None
@@ -81,7 +81,9 @@ class OneNode:
                 if row.state is NodeState.READY and machine is not None:
                     machine.busy_until.append(world.loop.time() + 7.0)
             # As an operator's retry: until the node is on its way out.
-            while any(not row.is_tombstoned and row.state is not NodeState.DRAINING for row in world.nodes.rows.values()):
+            while any(
+                not row.is_tombstoned and row.state is not NodeState.DRAINING for row in world.nodes.rows.values()
+            ):
                 for row in list(world.nodes.rows.values()):
                     for workflow_id in {row.workflow_id, self.workflow_id}:
                         if workflow_id in world.server.runs:

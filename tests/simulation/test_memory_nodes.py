@@ -29,9 +29,7 @@ class Sequences:
         self._dice = random.Random(seed)
         self._real = real
         self.now = clock.EPOCH
-        self.memory = MemoryNodes(
-            lambda: self.now, models=MODELS, regions=REGIONS, deployments=lambda: ("llama-7b",)
-        )
+        self.memory = MemoryNodes(lambda: self.now, models=MODELS, regions=REGIONS, deployments=lambda: ("llama-7b",))
         self._ids = [uuid7(1_000 + n, self._dice.getrandbits(80)) for n in range(12)]
 
     def _intent(self) -> Intent:

@@ -168,7 +168,7 @@ def as_activity(holder: type[Any], name: str, method: Callable[..., Any]) -> Gen
     """Put a method in an activity's place, under the activity's name and with its types."""
     original = getattr(holder, name)
     method.__name__ = name
-    setattr(method, "__temporal_activity_definition", original.__temporal_activity_definition)  # noqa: B010
+    setattr(method, "__temporal_activity_definition", original.__temporal_activity_definition)
     with patch.object(holder, name, method):
         yield
 

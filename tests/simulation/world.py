@@ -14,7 +14,12 @@ from functools import cache
 from typing import Any, cast, get_type_hints
 from unittest.mock import patch
 
-from temporalio.client import Schedule, ScheduleActionStartWorkflow, ScheduleAlreadyRunningError, WorkflowExecutionStatus
+from temporalio.client import (
+    Schedule,
+    ScheduleActionStartWorkflow,
+    ScheduleAlreadyRunningError,
+    WorkflowExecutionStatus,
+)
 from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import UnsandboxedWorkflowRunner
