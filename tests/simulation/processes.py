@@ -283,13 +283,14 @@ class Process:
         kinds = {seq: pending.command.cancellation_type for seq, pending in run.activities.items()}
         resolved: set[int] = set(run.resolved)
         flags: frozenset[int] = run.recorded[-1].flags if run.recorded else frozenset()
-        following = list(jobs)
+        following: list[Job] = list(jobs)
         while following:
             length = run.events + len(batch)
             resolved |= {job.resolve_activity.seq for job in following if job.HasField("resolve_activity")}
             done = activate(instance, run, at_ns, length, following, flags, is_replaying=False)
             batch.append(done)
-            flags, following = done.flags, []
+            flags = done.flags
+            following = []
             for command in done.commands:
                 variant = command.WhichOneof("variant")
                 if variant == "schedule_activity":

@@ -155,7 +155,10 @@ def sweep_without_a_row() -> Generator[None]:
 @contextlib.contextmanager
 def sweep_of_everything() -> Generator[None]:
     """The sweep takes every machine with our prefix for ours."""
-    with patch.object(sweep_activities, "bears_our_mark", lambda *_: True):  # pyright: ignore[reportUnknownLambdaType]
+    def always(cluster: str, node_secret: str) -> bool:
+        return True
+
+    with patch.object(sweep_activities, "bears_our_mark", always):
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ class TestLives:
 
     @pytest.mark.simulation
     def test_of_one_seed(self, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> None:
-        seed: int = request.config.getoption("--seed")
+        seed: Any = request.config.getoption("--seed")
         world = live_through(seed)
         with capsys.disabled():
             print(f"\n{world.story(most=100_000)}\n\nseed {seed} keeps every law")

@@ -40,7 +40,8 @@ def plant(fleet: FleetUnderTest, node_secret: str) -> str:
 
 
 async def start(fleet: FleetUnderTest, **fields: Any) -> WorkflowHandle[Any, Any]:
-    order = FleetSweepInput(**{"look_again_s": SECOND_LOOK_S, **fields})
+    values: dict[str, Any] = {"look_again_s": SECOND_LOOK_S, **fields}
+    order = FleetSweepInput(**values)
     return await fleet.client.start_workflow(
         names.FLEET_SWEEP, order, id=f"sweep-{uuid4()}", task_queue=fleet.task_queue
     )
