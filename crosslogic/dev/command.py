@@ -26,7 +26,8 @@ HELP = """\
 ./run [--state DIR] COMMAND …
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:
       orgs environments keys limits        who may do what
-      nodes deployments models regions     what serves
+      nodes sweeps deployments             what serves; whether every machine was intended
+      models regions                       what can be served, and where
       deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
       usage requests audit                 what was used, why it went there, and who changed what
       setup                                bring schema, search attributes and seeds up to date

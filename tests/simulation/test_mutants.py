@@ -155,6 +155,7 @@ def sweep_without_a_row() -> Generator[None]:
 @contextlib.contextmanager
 def sweep_of_everything() -> Generator[None]:
     """The sweep takes every machine with our prefix for ours."""
+
     def always(cluster: str, node_secret: str) -> bool:
         return True
 
