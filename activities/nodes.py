@@ -21,7 +21,7 @@ from crosslogic.contracts.node import (
     NodeSpec,
 )
 from crosslogic.domain.catalog import Catalog, Model
-from crosslogic.domain.errors import Rejected, Unavailable
+from crosslogic.domain.errors import InvariantViolated, Rejected, Unavailable
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import (
     FINAL_STATES,
@@ -128,9 +128,13 @@ class NodeActivities:
             node = await self._nodes.intend(_intent(chosen))
         else:
             chosen = _spec_of_existing(node, node_workflow_id(spec.node_id), await self._catalog.load())
-        for event in (NodeEvent.LAUNCH, NodeEvent.BOOT):
-            if node.state in (NodeState.REQUESTED, NodeState.LAUNCHING):
+        while node.state in (NodeState.REQUESTED, NodeState.LAUNCHING):
+            event = NodeEvent.LAUNCH if node.state is NodeState.REQUESTED else NodeEvent.BOOT
+            try:
                 node = await self._nodes.advance(node_id, event, "joining", endpoint=endpoint)
+            except InvariantViolated:
+                # Another attempt of this, thought dead, has moved it on since it was read.
+                node = await self._nodes.get(node_id)
         return chosen
 
     @activity.defn

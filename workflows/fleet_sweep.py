@@ -45,8 +45,8 @@ class FleetSweep:
     {"provider": "", "dry_run": true}
     ```
 
-    Machines of another installation are reported and left alone; where a row has no machine its workflow is told to
-    look. Cancelling stops it after what is under way, and what was done is written down; the next sweep begins anew.
+    Machines of another installation are reported and left alone; a node whose machine is missing has its workflow told
+    to look. Cancelling stops it after what is under way, and what was done is written down; the next sweep begins anew.
     """
 
     def __init__(self) -> None:

@@ -28,6 +28,7 @@ HELP = """\
     Administer the running stack, or any installation with --api URL. `./run COMMAND --help` explains each:
       orgs environments keys limits        who may do what
       nodes deployments models regions     what serves
+      sweeps                               whether every machine was intended
       revisions rollouts                   what a deployment runs, and how that is replaced
       deadlines reservations               how long nodes are waited for; capacity that orgs have prepaid
       usage requests audit                 what was used, why it went there, and who changed what

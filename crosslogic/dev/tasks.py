@@ -28,6 +28,7 @@ class Suite:
     paths: tuple[str, ...] = ()
     is_long: bool = False
     in_ci: bool = True
+    arguments: tuple[str, ...] = ()  # pytest's, for the whole suite; further arguments of the caller replace them.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,12 @@ SUITES = (
     ),
     Suite("docs", "documentation: links, commands, JSON, generated pages", ("tests/docs",)),
     Suite("e2e", "the README's commands, literally, and what survives a kill", is_long=True),
-    Suite("simulation", "thousands of seeded lives of the fleet in virtual time", is_long=True),
+    Suite(
+        "simulation",
+        "thousands of seeded lives of the fleet in virtual time; --seed N shows one",
+        is_long=True,
+        arguments=("-n", "2"),
+    ),
     Suite("chaos", "the fault matrix against real processes", is_long=True),
     Suite("rigs", "unmodified SkyPilot on this machine (root; Debian packages)", is_long=True, in_ci=False),
 )
@@ -91,7 +97,7 @@ def select(arguments: Sequence[str]) -> list[str] | None:
     for suite in SUITES:
         if suite.name == name:
             chosen = ["-m", name] if suite.is_long else [path for path in suite.paths if Path(ROOT, path).is_dir()]
-            return [*chosen, *extra]
+            return [*chosen, *(extra or suite.arguments)]
     if Path(ROOT, name.partition("::")[0]).exists():
         return list(arguments)
     return None

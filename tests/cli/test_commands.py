@@ -181,6 +181,13 @@ class TestFleet:
         assert "Nothing was used" in ok("usage", "--by", "day")
 
 
+class TestSweeps:
+    def test_are_started_and_listed(self, ok: Ok, read: Read) -> None:
+        assert "There was no sweep yet." in ok("sweeps", "list")
+        assert "No sweep has found anything." in ok("sweeps", "list", "--findings")
+        assert read("sweeps", "run", "--dry-run")["workflow_id"].startswith("sweep/")
+
+
 class TestConnection:
     def test_finds_its_api_in_every_documented_way(self, run: Run, stack: str, tmp_path: Path) -> None:
         bare = {"CROSSLOGIC_STATE_DIR": str(tmp_path / "nothing"), "CROSSLOGIC_ADMIN_TOKEN": ""}

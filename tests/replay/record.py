@@ -26,13 +26,14 @@ from crosslogic.clients.entities import Entities
 from crosslogic.contracts import names
 from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
+from crosslogic.contracts.sweep import FleetSweepInput
 from crosslogic.dev.postgres import Postgres
 from crosslogic.dev.state import free_port
 from crosslogic.dev.temporal import Temporal
 from crosslogic.dev.valkey import Valkey
 from crosslogic.domain.errors import Unavailable
 from crosslogic.domain.ids import NODE
-from crosslogic.domain.node import NodeState
+from crosslogic.domain.node import NodeState, cluster_name
 from crosslogic.domain.revision import GoldenPrompt, RevisionSpec
 from crosslogic.domain.spot import successor_of
 from crosslogic.new_ids import new_id
@@ -241,9 +242,38 @@ async def sealed(fleet: FleetUnderTest) -> dict[str, str]:
     return {"sealing-rated": handle.id}
 
 
+async def swept(fleet: FleetUnderTest) -> dict[str, str]:
+    node = await fleet.serve_one()
+    fleet.cloud.plant(cluster_name("local", "in-mumbai", "cpu", True, NODE.show(new_id()), "of another installation"))
+    await fleet.pool.execute("UPDATE nodes SET changed_at = now() - interval '1 hour'")
+    ids: dict[str, str] = {}
+    for name, provider in (("sweep-proven", ""), ("sweep-refused", "moon"), ("sweep-cancelled", "")):
+        if name == "sweep-proven":
+            secret = fleet.settings.node_secret
+            assert secret is not None
+            planted = cluster_name("local", "us-east", "cpu", True, NODE.show(new_id()), secret.get_secret_value())
+            fleet.cloud.plant(planted)
+        handle: Any = await fleet.client.start_workflow(
+            names.FLEET_SWEEP,
+            FleetSweepInput(provider, look_again_s=1.0),
+            id=f"sweep/{name}",
+            task_queue=fleet.task_queue,
+        )
+        if name == "sweep-cancelled":
+            await asyncio.sleep(0.5)
+            await handle.cancel()
+        with contextlib.suppress(Exception):
+            await handle.result()
+        ids[name] = handle.id
+        if name == "sweep-proven":
+            # The next one finds a node whose machine the cloud has taken.
+            fleet.cloud.take(node.cluster)
+    return ids
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     served_and_drained, failed, drained_early, cancelled_while_launching, cancelled, joined, healed, scaled, orphaned,
-    rotated, interrupted, rolled_out, sealed,
+    rotated, interrupted, rolled_out, sealed, swept,
 )  # fmt: skip
 
 

@@ -283,13 +283,14 @@ class Process:
         kinds = {seq: pending.command.cancellation_type for seq, pending in run.activities.items()}
         resolved: set[int] = set(run.resolved)
         flags: frozenset[int] = run.recorded[-1].flags if run.recorded else frozenset()
-        following: list[Any] = list(jobs)
+        following: list[Job] = list(jobs)
         while following:
             length = run.events + len(batch)
             resolved |= {job.resolve_activity.seq for job in following if job.HasField("resolve_activity")}
             done = activate(instance, run, at_ns, length, following, flags, is_replaying=False)
             batch.append(done)
-            flags, following = done.flags, []
+            flags = done.flags
+            following = []
             for command in done.commands:
                 variant = command.WhichOneof("variant")
                 if variant == "schedule_activity":
@@ -323,7 +324,7 @@ class Process:
             again = activate(instance, run, part.at_ns, part.history_length, jobs, part.flags, is_replaying=True)
             assert same(again.commands, part.commands), (
                 f"T2: {run.workflow_id} ({run.type}) answers activation {position} differently in a replay:\n"
-                f"jobs: {[j.WhichOneof('variant') for j in part.jobs]}\n"
+                f"jobs:  {', '.join(job.WhichOneof('variant') or '' for job in part.jobs)}\n"
                 f"first: {shown(part.commands)}\nnow:   {shown(again.commands)}"
             )
         return instance

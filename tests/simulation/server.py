@@ -17,7 +17,7 @@ import temporalio.bridge.proto.workflow_commands as commands_pb
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import RetryState, TimeoutType
 from temporalio.api.failure.v1 import Failure
-from temporalio.bridge.proto.child_workflow import StartChildWorkflowExecutionFailedCause
+from temporalio.bridge.proto import child_workflow as child_pb
 from temporalio.converter import DataConverter
 
 Job = activation_pb.WorkflowActivationJob
@@ -30,6 +30,10 @@ STICKY_TIMEOUT_S = 1.0
 # T3.
 MOST_EVENTS = 8_000
 
+ALREADY_EXISTS = (
+    child_pb.StartChildWorkflowExecutionFailedCause
+    .START_CHILD_WORKFLOW_EXECUTION_FAILED_CAUSE_WORKFLOW_ALREADY_EXISTS
+)  # fmt: skip
 CLOSING = frozenset(
     {
         "complete_workflow_execution",
@@ -37,10 +41,6 @@ CLOSING = frozenset(
         "cancel_workflow_execution",
         "continue_as_new_workflow_execution",
     }
-)
-
-_ALREADY_EXISTS = (
-    StartChildWorkflowExecutionFailedCause.START_CHILD_WORKFLOW_EXECUTION_FAILED_CAUSE_WORKFLOW_ALREADY_EXISTS
 )
 
 
@@ -396,7 +396,7 @@ class Server:
             except AlreadyRuns:
                 started.failed.workflow_id = command.workflow_id
                 started.failed.workflow_type = command.workflow_type
-                started.failed.cause = _ALREADY_EXISTS
+                started.failed.cause = ALREADY_EXISTS
             if not run.is_closed:
                 self._add(run, job)
 
@@ -552,7 +552,7 @@ class Server:
             self._try_again(pending, failure)
 
     def beat(self, attempt: Attempt) -> bool:
-        """Take a heartbeat; False when the attempt should stop: its workflow wants that, or nobody wants it now."""
+        """Take a heartbeat; False when the attempt is to stop: its workflow wants that, or nobody waits for it."""
         if self.is_down:
             return True
         if not attempt.is_current:

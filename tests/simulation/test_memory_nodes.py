@@ -100,9 +100,9 @@ def seen(answer: Any) -> Any:
     if isinstance(answer, CrossLogicError):
         return type(answer), getattr(answer, "code", ""), getattr(answer, "status", 0)
     if isinstance(answer, dict):
-        return {key: seen(value) for key, value in cast("dict[Any, Any]", answer).items()}
+        return {key: seen(value) for key, value in cast(dict[str, Any], answer).items()}
     if isinstance(answer, list):
-        return [seen(value) for value in cast("list[Any]", answer)]
+        return [seen(value) for value in cast(list[Any], answer)]
     if hasattr(answer, "ended_for_s"):
         return replace(answer, ended_for_s=0.0)
     return answer

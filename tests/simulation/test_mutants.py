@@ -152,14 +152,14 @@ def sweep_without_a_row() -> Generator[None]:
         yield
 
 
-def _anything_is_ours(*_: object) -> bool:
-    return True
-
-
 @contextlib.contextmanager
 def sweep_of_everything() -> Generator[None]:
     """The sweep takes every machine with our prefix for ours."""
-    with patch.object(sweep_activities, "bears_our_mark", _anything_is_ours):
+
+    def always(cluster: str, node_secret: str) -> bool:
+        return True
+
+    with patch.object(sweep_activities, "bears_our_mark", always):
         yield
 
 

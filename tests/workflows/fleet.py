@@ -180,6 +180,11 @@ class MadeUpCloud:
         async with self._call("end"):
             self.take(cluster, "ended by us")
 
+    def plant(self, cluster: str) -> None:
+        """A machine that nobody has ordered here."""
+        self.engines[cluster] = EngineServer()
+        self.machines[cluster] = Machine(cluster, MachineStatus.RUNNING)
+
     def take(self, cluster: str, reason: str = "preempted") -> None:
         """The machine and its engine are gone, as if its power had been cut."""
         if cluster in self.machines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, Node, NodeState, cluster_name
 from crosslogic.new_ids import new_id
 from crosslogic.store.sweeps import SweepStore
-from tests.workflows.fleet import EngineServer, FleetUnderTest
+from tests.workflows.fleet import FleetUnderTest
 
 SECOND_LOOK_S = 0.3
 FOREIGN_SECRET = "the node secret of another installation"
@@ -31,18 +32,16 @@ def secret_of(fleet: FleetUnderTest) -> str:
     return fleet.settings.node_secret.get_secret_value()
 
 
-async def plant(fleet: FleetUnderTest, node_secret: str) -> str:
+def plant(fleet: FleetUnderTest, node_secret: str) -> str:
     """A machine that no row claims."""
     cluster = cluster_name("local", "in-mumbai", "cpu", True, NODE.show(new_id()), node_secret)
-    engine = fleet.cloud.engines[cluster] = EngineServer()
-    await engine.start()
-    fleet.cloud.machines[cluster] = Machine(cluster, MachineStatus.RUNNING, engine.endpoint)
+    fleet.cloud.plant(cluster)
     return cluster
 
 
 async def start(fleet: FleetUnderTest, **fields: Any) -> WorkflowHandle[Any, Any]:
-    given: dict[str, Any] = {"look_again_s": SECOND_LOOK_S, **fields}
-    order = FleetSweepInput(**given)
+    values: dict[str, Any] = {"look_again_s": SECOND_LOOK_S, **fields}
+    order = FleetSweepInput(**values)
     return await fleet.client.start_workflow(
         names.FLEET_SWEEP, order, id=f"sweep-{uuid4()}", task_queue=fleet.task_queue
     )
@@ -57,9 +56,9 @@ async def end_long_ago(fleet: FleetUnderTest, node: Node) -> None:
     await fleet.lifecycle(node).signal(names.DRAIN)
     await fleet.lifecycle(node).result()
     await fleet.pool.execute(
-        "UPDATE nodes SET tombstoned_at = now() - interval '1 hour', ended_at = now() - interval '1 hour' "
-        "WHERE id = $1",
+        "UPDATE nodes SET tombstoned_at = $2, ended_at = $2 WHERE id = $1",
         node.id,
+        datetime.now(UTC) - timedelta(hours=1),
     )
     engine = fleet.cloud.engines[node.cluster]
     await engine.start()
@@ -79,7 +78,7 @@ class TestSweep:
 
     async def test_ends_a_machine_that_nobody_intended_and_names_it(self, fleet: FleetUnderTest) -> None:
         node = await fleet.serve_one()
-        planted = await plant(fleet, secret_of(fleet))
+        planted = plant(fleet, secret_of(fleet))
         swept = await sweep(fleet)
         (found,) = swept["findings"]
         assert (found["cluster"], found["standing"], found["outcome"]) == (planted, "unintended", "ended")
@@ -99,7 +98,7 @@ class TestSweep:
         await fleet.check_books()
 
     async def test_leaves_other_installations_alone(self, fleet: FleetUnderTest) -> None:
-        planted = await plant(fleet, FOREIGN_SECRET)
+        planted = plant(fleet, FOREIGN_SECRET)
         swept = await sweep(fleet)
         (found,) = swept["findings"]
         assert (found["cluster"], found["standing"], found["outcome"]) == (planted, "foreign", "left alone")
@@ -107,7 +106,7 @@ class TestSweep:
         assert fleet.cloud.alive == {planted}
 
     async def test_only_looks_on_a_dry_run(self, fleet: FleetUnderTest) -> None:
-        planted = await plant(fleet, secret_of(fleet))
+        planted = plant(fleet, secret_of(fleet))
         swept = await sweep(fleet, dry_run=True)
         assert [found["outcome"] for found in swept["findings"]] == [""]
         assert (swept["destroyed"], swept["unexplained"]) == (0, 1)
@@ -115,7 +114,7 @@ class TestSweep:
 
     async def test_leaves_many_that_nobody_intended_to_people(self, fleet: FleetUnderTest) -> None:
         """More likely the worker looks into the wrong database."""
-        planted = {await plant(fleet, secret_of(fleet)) for _ in range(4)}
+        planted = {plant(fleet, secret_of(fleet)) for _ in range(4)}
         swept = await sweep(fleet)
         assert (swept["destroyed"], swept["unexplained"]) == (1, 4)
         assert sum("is this the right database?" in found["outcome"] for found in swept["findings"]) == 3
@@ -125,7 +124,7 @@ class TestSweep:
 
     async def test_never_ends_what_becomes_intended_before_the_second_look(self, fleet: FleetUnderTest) -> None:
         """A reading of the registry that is older than the cloud's list proves nothing."""
-        planted = await plant(fleet, secret_of(fleet))
+        planted = plant(fleet, secret_of(fleet))
         handle = await start(fleet, look_again_s=2.0)
         await fleet.until("the first look", lambda: _has_listed(fleet, 1))
         await fleet.nodes.intend(
@@ -167,7 +166,7 @@ class TestSweep:
             asked.set()
             await gate.wait()
 
-        planted = await plant(fleet, secret_of(fleet))
+        planted = plant(fleet, secret_of(fleet))
         fleet.cloud.before["end"] = deque([hold])
         handle = await start(fleet)
         await asked.wait()
@@ -183,7 +182,7 @@ class TestSweep:
 
     async def test_reads_the_row_once_more_before_it_ends_anything(self, fleet: FleetUnderTest) -> None:
         """The workflow of the order was slow: the row comes after both looks."""
-        planted = await plant(fleet, secret_of(fleet))
+        planted = plant(fleet, secret_of(fleet))
 
         async def intend() -> None:
             await fleet.nodes.intend(

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import msgspec
 import temporalio.worker
 
 import worker as fleet_worker
+from activities.nodes import NodeActivities
 from crosslogic.contracts import names
 from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
+from crosslogic.contracts.sweep import FleetSweepInput, FleetSweepResult
 from crosslogic.domain.ids import NODE, uuid7
-from crosslogic.domain.node import NodeState
+from crosslogic.domain.node import Node, NodeEvent, NodeState, cluster_name, sources_of
 from crosslogic.new_ids import new_id
+from crosslogic.store.catalog import CatalogStore
+from crosslogic.store.nodes import NodeStore
 from crosslogic.store.usage import UsageStore
 from tests.store.test_usage import a_record
 from tests.workflows.fleet import EngineServer, FleetUnderTest, running
@@ -109,5 +114,46 @@ class TestEveryActivityTwice:
             assert tuple(await fleet.pool.fetchrow(sums) or ()) == (18, 1)
             assert await fleet.pool.fetchval("SELECT count(*) FROM ledger_transactions") == 2
             assert await fleet.pool.fetchval("SELECT proved_until = sealed_until FROM usage_horizon")
+            assert fleet.settings.node_secret is not None
+            secret = fleet.settings.node_secret.get_secret_value()
+            planted = cluster_name("local", "in-mumbai", "cpu", True, NODE.show(new_id()), secret)
+            fleet.cloud.plant(planted)
+            swept = await fleet.client.execute_workflow(
+                names.FLEET_SWEEP,
+                FleetSweepInput(look_again_s=0.1),
+                id=f"sweep-{planted}",
+                task_queue=fleet.task_queue,
+                result_type=FleetSweepResult,
+            )
+            assert [found.cluster for found in swept.findings] == [planted]
+            assert await fleet.pool.fetchval("SELECT count(*) FROM sweeps") == 1
+            assert fleet.cloud.machines[planted].status == "gone"
         every = {method.__name__ for method in fleet.fleet.activities}
         assert set(twice.ran) == every, "an activity was not exercised"
+
+
+class FasterStore(NodeStore):
+    """Before it does anything to a node, another attempt of the same has done all of it."""
+
+    async def advance(self, node_id: UUID, event: NodeEvent, reason: str, **columns: Any) -> Node:
+        node = await self.get(node_id)
+        for done in (NodeEvent.LAUNCH, NodeEvent.BOOT):
+            if node.state in sources_of(done):
+                node = await super().advance(node_id, done, "the other attempt", **columns)
+        return await super().advance(node_id, event, reason, **columns)
+
+
+class TestJoinNode:
+    async def test_may_be_overtaken_by_an_attempt_that_was_thought_dead(self, idle_fleet: FleetUnderTest) -> None:
+        fleet = idle_fleet
+        writer = NodeActivities(
+            FasterStore(fleet.pool),
+            CatalogStore(fleet.pool),
+            fleet.board,
+            providers=(),
+            default_provider="local",
+            is_loopback_allowed=True,
+        )
+        spec = NodeSpec(NODE.show(new_id()), "llama-7b", "in-mumbai", endpoint="http://127.0.0.1:1")
+        await writer.join_node(spec)
+        assert (await fleet.only_node()).state is NodeState.BOOTING

@@ -14,6 +14,7 @@ import pytest
 from temporalio.client import Client
 
 from crosslogic.contracts import names
+from crosslogic.contracts.sweep import FleetSweepResult, SweepFinding
 from crosslogic.dev.temporal import Temporal
 from crosslogic.domain import ids
 from crosslogic.domain.credentials import node_credential
@@ -22,6 +23,7 @@ from crosslogic.new_ids import new_id
 from crosslogic.settings import Settings
 from crosslogic.store.nodes import NodeStore
 from crosslogic.store.preemptions import PreemptionStore
+from crosslogic.store.sweeps import SweepStore
 from tests.api.admin.server import TOKEN, serving
 
 Made = Callable[..., Any]
@@ -510,3 +512,40 @@ class TestCosts:
 
     def test_are_those_of_a_year_at_most(self, fleet: httpx.Client) -> None:
         assert fleet.get("/nodes/costs", params={"days": 366}).status_code == 400
+
+
+class TestSweeps:
+    def test_are_listed_with_what_they_found(self, api: httpx.Client, database: str) -> None:
+        swept = FleetSweepResult(
+            ids.SWEEP.show(new_id()), "", False, 3, 0, 1, 1, 1, 1, 0, 0,
+            findings=[
+                SweepFinding("local", "cic-x", "orphan", "its node is over", ids.NODE.show(new_id()), "ended"),
+                SweepFinding("local", "cic-y", "foreign", "another installation's", "", "left alone"),
+            ],
+        )  # fmt: skip
+
+        async def record() -> None:
+            async with asyncpg.create_pool(database, min_size=1, max_size=1) as pool:
+                await SweepStore(pool).record(swept)
+
+        asyncio.run(record())
+        listed = api.get("/sweeps").json()
+        (shown,) = listed["data"]
+        assert (shown["id"], shown["machines"], shown["foreign"], shown["unexplained"]) == (swept.sweep_id, 3, 1, 0)
+        assert [(found["cluster"], found["node_id"]) for found in shown["findings"]] == [
+            ("cic-x", swept.findings[0].node_id),
+            ("cic-y", None),
+        ]
+        assert api.get("/sweeps", params={"after": swept.sweep_id}).json()["data"] == []
+        assert code_of(api.get("/sweeps", params={"after": "req_x"})) == (400, "invalid_id")
+
+    def test_are_started_with_an_audit_row(self, fleet: httpx.Client, fleet_settings: Settings) -> None:
+        answer = fleet.post("/sweeps", json={"provider": "local", "dry_run": True})
+        assert answer.status_code == 202
+        workflow_id = answer.json()["workflow_id"]
+        type_, queue, (sent,) = asyncio.run(first_event(fleet_settings, workflow_id))
+        assert (type_, queue) == (names.FLEET_SWEEP, fleet_settings.fleet_task_queue)
+        assert (sent["provider"], sent["dry_run"], sent["end_all_unintended"]) == ("local", True, False)
+        (entry,) = fleet.get("/audit", params={"subject": workflow_id}).json()["data"]
+        assert (entry["action"], entry["details"]["dry_run"]) == ("sweep.start", True)
+        assert fleet.post("/sweeps", json={"force": True}).status_code == 400
