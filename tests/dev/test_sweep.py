@@ -20,7 +20,6 @@ from crosslogic.dev.processes import ProcessId
 from crosslogic.dev.temporal import Temporal
 from crosslogic.domain.ids import NODE
 from crosslogic.domain.node import Intent, cluster_name
-from crosslogic.hot.routes import RouteBoard
 from crosslogic.new_ids import new_id
 from crosslogic.store.nodes import NodeStore
 from tests.conftest import make_settings
@@ -62,7 +61,7 @@ class TestFleetSweep:
         processes = {cluster: await asyncio.to_thread(self.process_of, cloud, cluster) for cluster in (owned, planted)}
         client = await temporal.connect(settings)
         local = LocalCloud(cloud.url, TOKEN, NODE_SECRET)
-        fleet = fleet_worker.assemble(settings, pool, {"local": local}, RouteBoard(redis, "unused:"))
+        fleet = fleet_worker.assemble(settings, pool, {"local": local}, redis)
 
         async def sweep() -> FleetSweepResult:
             return await client.execute_workflow(
