@@ -43,7 +43,7 @@ class CatalogStore:
     INSERT_DEPLOYMENT = "INSERT INTO deployments (name, model) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING"
     LOCK_DEPLOYMENT = """
         SELECT name, model, strategy, placement, on_demand_base, ttft_target_ms, spend_cap_microdollars_per_h, idle_s,
-               gpus, to_jsonb(deployments) ->> 'rollout_revision' IS NOT NULL AS is_rolling
+               gpus, revision, rollout_revision, rollout_from, rollout_workflow_id, traffic_bp
         FROM deployments WHERE name = $1 FOR UPDATE
     """
     UPDATE_DEPLOYMENT = """

@@ -15,7 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("activities", "api", "crosslogic", "workflows", "worker.py")
 
 # They run before there is an environment, so before settings can be read.
-BEFORE_SETTINGS = {"crosslogic/bootstrap.py", "crosslogic/dev/command.py", "crosslogic/dev/tasks.py"}
+BEFORE_SETTINGS = {
+    "crosslogic/bootstrap.py",
+    "crosslogic/dev/command.py",
+    "crosslogic/dev/compiling.py",
+    "crosslogic/dev/tasks.py",
+}
 
 
 def sources(*places: str) -> list[Path]:
