@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Suite:
     """Tests that run together. A long suite is a pytest mark of the same name and stays out of the default run.
 
-    What needs more than a checkout (root, packages of the system) is for a machine that has it, not `in_ci`.
+    What needs more than a checkout (root, packages of the system), or is not stable yet, is not `in_ci`.
     """
 
     name: str
@@ -52,9 +52,10 @@ SUITES = (
         "simulation",
         "thousands of seeded lives of the fleet in virtual time; --seed N shows one",
         is_long=True,
+        in_ci=False,
         arguments=("-n", "2"),
     ),
-    Suite("chaos", "the fault matrix against real processes", is_long=True),
+    Suite("chaos", "the fault matrix against real processes", is_long=True, in_ci=False),
     Suite("rigs", "unmodified SkyPilot on this machine (root; Debian packages)", is_long=True, in_ci=False),
 )
 
