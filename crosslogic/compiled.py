@@ -1,8 +1,8 @@
 """The hot path, compiled: the same modules as machine code, where somebody has built them (`./run compile`).
 
-mypyc turns typed Python into C; that takes a third off a request (docs/performance.md). The sources stay what is read,
-tested and edited, and what runs wherever nothing was built: a build is found by a hash of the sources, the Python and
-the recipe, so one that does not fit any more is not used. Standard library only, and imported before anything else.
+mypyc turns typed Python into C; that takes a quarter off a request (docs/performance.md). The sources stay what is
+read, tested and edited, and what runs wherever nothing was built: a build is found by a hash of the sources, the Python
+and the recipe, so one that does not fit any more is not used. Standard library only, and imported before anything else.
 """
 
 from __future__ import annotations

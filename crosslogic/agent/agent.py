@@ -201,7 +201,7 @@ class Agent:
 
     async def _keep_beating(self) -> None:
         failures = 0
-        while True:
+        while not self._stop.is_set():
             beat = await self._in_thread(self._measure)
             try:
                 answer = await self._in_thread(lambda beat=beat: self._control.post("/agent/heartbeat", beat))
@@ -265,7 +265,7 @@ class Agent:
     async def _keep_watching(self, watcher: Watcher) -> None:
         """Ask one cloud's metadata server for as long as it is there."""
         told = ""
-        while True:
+        while not self._stop.is_set():
             try:
                 await self._in_thread(watcher.check)
             except Away:
@@ -292,7 +292,7 @@ class Agent:
         if self._notice is None or notice.is_final:
             self._notice, self._notice_at = notice, came_at
         pause_s = NOTICE_PAUSE_S
-        while True:
+        while not self._stop.is_set():
             body = {"notice": notice.text, "left_s": _left(notice, came_at), "is_final": notice.is_final}
             try:
                 await self._in_thread(lambda body=body: self._control.post("/agent/notice", body))
@@ -361,7 +361,7 @@ class Agent:
         }
 
     async def _keep_clean(self) -> None:
-        while True:
+        while not self._stop.is_set():
             removed = await self._in_thread(
                 lambda: disk.trim(self._config.cache_dirs, self._config.cache_limit_mb, time.time())
             )
@@ -372,7 +372,10 @@ class Agent:
     # Waiting
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not beyond the word to stop."""
+        """Wait, but not beyond the word to stop.
+
+        Loops look for that word themselves: Python before 3.12 may drop a cancellation that comes while this returns.
+        """
         with contextlib.suppress(Exception):  # asyncio's own TimeoutError before Python 3.11.
             await asyncio.wait_for(self._stop.wait(), seconds)
 

@@ -10,6 +10,7 @@ import calendar
 import http.client
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -37,19 +38,19 @@ class Away(Exception):
     """The metadata server does not answer, or is not this cloud's."""
 
 
-class Watcher:
+class Watcher(ABC):
     """One cloud's metadata server. `pause_s` is the time between two questions."""
 
     name = ""
     pause_s = 1.0
 
+    @abstractmethod
     def check(self) -> None:
         """Return when this cloud's server answers. Raises Away."""
-        raise NotImplementedError
 
+    @abstractmethod
     def poll(self) -> Notice | None:
         """What it says now, None for nothing. Raises Away."""
-        raise NotImplementedError
 
 
 class Aws(Watcher):

@@ -38,7 +38,7 @@ HELP = """\
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack
 ./run doctor [--state DIR] [--port N]   say what is wrong on this machine and how to mend it
-./run compile                           build the hot path as machine code, for a third less work per request
+./run compile                           build the hot path as machine code, for a quarter less work per request
 ./run skypilot [--port N]               install SkyPilot into .venv-skypilot and run its API server on 127.0.0.1
 """
 
