@@ -90,6 +90,7 @@ class TestFleetSweep:
         assert not processes[planted].is_alive
         assert processes[owned].is_alive
         assert cloud.show(planted)["reason"] == "ended by order"
+        cloud.behave(list_lag_s=0)
         assert {cluster for cluster, machine in cloud.listed().items() if machine["status"] != "gone"} >= {
             owned,
             foreign,

@@ -1041,7 +1041,7 @@ class TestAgainstTheBook:
                     alone.release(hold_id)
                     shared.release(hold_id)
 
-        @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(limits=st.tuples(_FOUR, _FOUR), steps=_STEPS)
         def check(limits: tuple[list[LayerLimits], list[LayerLimits]], steps: list[Any]) -> None:
             runner.run(compare(limits, steps))

@@ -16,12 +16,15 @@ from activities.nodes import NodeActivities
 from crosslogic.contracts import names
 from crosslogic.contracts.ledger import UsageSealingInput
 from crosslogic.contracts.node import NodeLifecycleInput, NodeSpec
+from crosslogic.contracts.rollout import DeploymentRolloutInput
 from crosslogic.contracts.sweep import FleetSweepInput, FleetSweepResult
 from crosslogic.domain.ids import NODE, uuid7
 from crosslogic.domain.node import Node, NodeEvent, NodeState, cluster_name, sources_of
+from crosslogic.domain.revision import GoldenPrompt, RevisionSpec
 from crosslogic.new_ids import new_id
 from crosslogic.store.catalog import CatalogStore
 from crosslogic.store.nodes import NodeStore
+from crosslogic.store.revisions import RevisionStore
 from crosslogic.store.usage import UsageStore
 from tests.store.test_usage import a_record
 from tests.workflows.fleet import EngineServer, FleetUnderTest, running
@@ -128,6 +131,35 @@ class TestEveryActivityTwice:
             assert [found.cluster for found in swept.findings] == [planted]
             assert await fleet.pool.fetchval("SELECT count(*) FROM sweeps") == 1
             assert fleet.cloud.machines[planted].status == "gone"
+
+            fleet.cloud.capacity = 4
+            golden = RevisionSpec(golden=[GoldenPrompt("Say hello.", "hello")])
+            await RevisionStore(fleet.pool).create("llama-7b", golden, actor="test")
+            rollout = await fleet.client.start_workflow(
+                names.DEPLOYMENT_ROLLOUT,
+                DeploymentRolloutInput("llama-7b", 2, bake_s=0, longest_bake_s=0),
+                id=names.rollout_workflow_id("llama-7b", 2),
+                task_queue=fleet.task_queue,
+            )
+            await rollout.result()
+            row = "SELECT revision, rollout_revision, traffic_bp FROM deployments WHERE name = 'llama-7b'"
+            assert tuple(await fleet.pool.fetchrow(row) or ()) == (2, None, 0)
+
+            await fleet.pool.execute("UPDATE deployment_regions SET replicas_min = 0, replicas_max = 0")
+            await fleet.keep_deployment("llama-7b")
+
+            async def are_rented_ones_gone() -> bool:
+                return all(node.is_pinned for node in await fleet.nodes.list_alive())
+
+            await fleet.until("what is too many has gone", are_rented_ones_gone)
+            rotation = await fleet.client.start_workflow(
+                names.CERTIFICATE_ROTATION,
+                {"new_authority": False},
+                id=f"rotation-{planted}",
+                task_queue=fleet.task_queue,
+            )
+            await rotation.result()
+            assert await fleet.pool.fetchval("SELECT count(*) FROM authorities") == 1
         every = {method.__name__ for method in fleet.fleet.activities}
         assert set(twice.ran) == every, "an activity was not exercised"
 

@@ -51,6 +51,21 @@ class MarketCloud(MadeUpCloud):
         self.ended.append(cluster)
 
 
+async def taken(fleet: FleetUnderTest, place: Place, lived_s: float) -> None:
+    """A spot machine that its cloud has taken there."""
+    node = new_id()
+    await fleet.nodes.intend(
+        Intent(node, "llama-3-8b", "us-east", "skypilot", NODE.show(node), "provision/x", gpu=place.gpu, is_spot=True)
+    )
+    await fleet.nodes.settle(node, place)
+    await fleet.nodes.advance(node, NodeEvent.LOSE, "taken")
+    await fleet.pool.execute(
+        "INSERT INTO preemptions (node_id, cloud, region, zone, gpu, had_notice, lived_s) "
+        "VALUES ($1, $2, 'us-east', $3, $4, TRUE, $5)",
+        *(node, place.cloud, place.zone, place.gpu, lived_s),
+    )
+
+
 def activities(fleet: FleetUnderTest, cloud: MarketCloud) -> CloudActivities:
     return CloudActivities(
         {"skypilot": cloud},
@@ -92,11 +107,7 @@ class TestLaunch:
 
     async def test_learns_from_what_was_taken(self, idle_fleet: FleetUnderTest) -> None:
         for _ in range(60):
-            await idle_fleet.pool.execute(
-                "INSERT INTO preemptions VALUES ($1, $2, 'gcp', 'us-east4', 'us-east4-a', 'L4', now(), TRUE, 60)",
-                new_id(),
-                new_id(),
-            )
+            await taken(idle_fleet, Place("gcp", "us-east4", "us-east4-a", "L4"), 60)
         cloud, spec = MarketCloud(), await intended(idle_fleet)
         await ActivityEnvironment().run(activities(idle_fleet, cloud).launch_machine, spec)
         assert [place.cloud for place in cloud.orders[0].places] == ["aws", "gcp"]
@@ -188,11 +199,7 @@ class TestHistory:
             NODE.parse(spec.node_id), Place("aws", "us-east-1", "us-east-1a", "L4:2", "g6.12xlarge", True, 900_000)
         )
         await idle_fleet.pool.execute("UPDATE nodes SET created_at = now() - interval '3 hours'")
-        await idle_fleet.pool.execute(
-            "INSERT INTO preemptions VALUES ($1, $2, 'aws', 'us-east-1', 'us-east-1b', 'L4', now(), FALSE, 7200)",
-            new_id(),
-            new_id(),
-        )
+        await taken(idle_fleet, Place("aws", "us-east-1", "us-east-1b", "L4"), 7200)
         history = await PlacementStore(idle_fleet.pool).history()
         seen = history["aws", "us-east-1", "us-east-1a", "L4"]
         assert (round(seen.hours, 1), seen.preemptions) == (3.0, 0)

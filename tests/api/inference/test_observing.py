@@ -349,7 +349,7 @@ class TestAlerts:
         assert len(rules) >= 8
         for rule in rules:
             named = re.findall(
-                r"\b(?:crosslogic|gen_ai)_\w+_(?:total|seconds|bytes|nodes|alone)(?:_bucket)?\b", rule["expr"]
+                r"\b(?:crosslogic|gen_ai)_\w+_(?:total|seconds|bytes|nodes|alone|machines)(?:_bucket)?\b", rule["expr"]
             )
             assert named, rule["alert"]
             labels: set[str] = {"instance"}
