@@ -419,9 +419,9 @@ async def main(out: Path, seconds: float) -> None:
                 [
                     "-m",
                     "uvicorn",
-                    "api.compiled:app",
+                    "api.app:app",
                     "--http",
-                    "api.compiled:HttpProtocol",
+                    "api.inference.server:HttpProtocol",
                     "--port",
                     str(port),
                     "--no-access-log",

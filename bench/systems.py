@@ -230,7 +230,7 @@ def start_peer(bed: Bed, engines: Engines, peer: Peer) -> Running:
 
 def api_command(port: int, workers: int) -> list[str]:
     """How the API is started, as `./run` does it."""
-    command = [sys.executable, "-m", "uvicorn", "api.compiled:app", "--http", "api.compiled:HttpProtocol"]
+    command = [sys.executable, "-m", "uvicorn", "api.app:app", "--http", "api.inference.server:HttpProtocol"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", "5", "--backlog", "4096"]
     # As nginx here: connections that are silent for a while are what is measured.

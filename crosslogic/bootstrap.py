@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # A lock's environment is .venv, but for the locks that do not agree with it.
 _OWN_ENVIRONMENTS = {
     "skypilot": ".venv-skypilot",
-    "compile": ".venv-compile",
     "rig": ".venv-rig",
     "uv": ".venv-uv",
     "bench-sglang-router": ".venv-bench-sglang-router",

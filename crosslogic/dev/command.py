@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from crosslogic import bootstrap
-from crosslogic.dev import compiling, doctor
+from crosslogic.dev import doctor
 from crosslogic.dev.state import State
 
 HELP = """\
@@ -38,7 +38,6 @@ HELP = """\
 
 ./run [--state DIR] temporal …          the Temporal command line, connected to the running stack
 ./run doctor [--state DIR] [--port N]   say what is wrong on this machine and how to mend it
-./run compile                           build the hot path as machine code, for a quarter less work per request
 ./run skypilot [--port N]               install SkyPilot into .venv-skypilot and run its API server on 127.0.0.1
 """
 
@@ -90,8 +89,6 @@ def main(arguments: Sequence[str]) -> int:
         sys.exit(f"Write {words.options[0]} after the command: ./run {words.command} … (see ./run --help)")
     if words.command == "temporal":
         _become_temporal(State.at(words.state), words.rest)
-    if words.command == "compile":
-        return compiling.main()
     if words.command == "skypilot":
         _become_skypilot(words.rest)
     return _become_module("crosslogic.cli", [*at, words.command, *words.rest])

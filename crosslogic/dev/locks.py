@@ -53,7 +53,6 @@ LOCKS = (
         ("--group", "skypilot", "--group", "rig"),
         constraint="requirements/skypilot.lock",
     ),
-    Lock("requirements/compile.lock", "mypyc, which compiles the hot path", ("--group", "compile")),
     Lock("requirements/uv.lock", "uv itself, for machines without it", ("--group", "uv")),
 )
 

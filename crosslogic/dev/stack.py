@@ -371,8 +371,8 @@ class Stack:
         ]
 
     def _processes(self, environment: dict[str, str]) -> list[Part]:
-        uvicorn = ["-m", "uvicorn", "api.compiled:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]
-        uvicorn += ["--http", "api.compiled:HttpProtocol"]
+        uvicorn = ["-m", "uvicorn", "api.app:app", "--host", "127.0.0.1", "--port", str(self.addresses.api)]
+        uvicorn += ["--http", "api.inference.server:HttpProtocol"]
         uvicorn += ["--no-access-log", "--no-server-header", "--timeout-graceful-shutdown", str(_OURS_GRACE_S)]
         # Longer than clients keep connections, and shorter than `start_patience_s`: see docs/operating/restarts.md.
         uvicorn += ["--timeout-keep-alive", "75", "--timeout-worker-healthcheck", "15"]

@@ -18,7 +18,6 @@ PRODUCT = ("activities", "api", "crosslogic", "workflows", "worker.py")
 BEFORE_SETTINGS = {
     "crosslogic/bootstrap.py",
     "crosslogic/dev/command.py",
-    "crosslogic/dev/compiling.py",
     "crosslogic/dev/tasks.py",
 }
 

@@ -136,7 +136,7 @@ def check_run(words: list[str]) -> None:
     if not words:
         return
     assert re.search(rf"\b{re.escape(words[0])}\b", run_help()), words[0]
-    if words[0] not in ("compile", "doctor", "temporal"):
+    if words[0] not in ("doctor", "temporal"):
         check_cli(words)
     if words[:3] == ["temporal", "workflow", "start"]:
         options = dict(zip(words[3::2], words[4::2], strict=True))
